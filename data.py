@@ -1,0 +1,315 @@
+"""
+Text -> tokens -> batches.
+
+Datasets: wikitext103 and wikitext2-raw (raw text), wikitext2 (word-level form, rare words as <unk>), all of them
+downloaded and checked or taken from your own files; and pydocs, the English that ships with every Python: no
+download. Tokenizers, all through tiktoken: gpt2, gpt2:N (the first N of its merges), bytes.
+
+Everything under `data_dir` can be deleted at any time; it is made again. Shape names: see hml.py.
+
+In order: downloads, tokenizers, where the text is, tokens, batches. Not here: streaming, shuffling of documents,
+several tokens files per split; a split has to fit in memory as text once, while it is tokenized.
+"""
+
+import ast
+import hashlib
+import http.client
+import os
+import platform
+import re
+import sysconfig
+import urllib.request
+import warnings
+import zipfile
+import zlib
+from dataclasses import dataclass
+from functools import lru_cache
+
+import numpy as np
+import tiktoken
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+SPLITS = ("train", "valid", "test")
+
+# ---------------------------------------------------------------------------------------------------------------
+# Downloads
+
+
+def file_sha256(path: str, size: int | None = None) -> bytes:
+    """The sha256 digest (32 bytes) of the file's first `size` bytes, of all of it by default."""
+    digest, left = hashlib.sha256(), os.path.getsize(path) if size is None else size
+    with open(path, "rb") as file:
+        while left > 0 and (piece := file.read(min(left, 1 << 20))):
+            digest.update(piece)
+            left -= len(piece)
+    return digest.digest()
+
+
+def download(urls: list[str], path: str, size: int | None = None, sha256: str | None = None, hint: str = "") -> None:
+    """Puts the file at the first address that delivers it into path, complete and checked, or raises OSError.
+
+    A file that is there already and passes the checks (size in bytes, sha256 in hex; None: not known) is kept.
+    `hint` ends the error's sentence: what the user can do instead.
+    """
+
+    def check(file: str) -> None:
+        if size is not None and os.path.getsize(file) != size:
+            raise OSError(f"it has {os.path.getsize(file)} bytes instead of {size}")
+        if sha256 is not None and (got := file_sha256(file).hex()) != sha256:
+            raise OSError(f"its sha256 is {got}, expected {sha256}")
+
+    reasons = []
+    if os.path.exists(path):
+        try:
+            return check(path)
+        except OSError as error:
+            reasons.append(f"the file that is there: {error}")
+    os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
+    temporary = f"{path}.tmp"  # an earlier, interrupted try is simply overwritten
+    for url in urls:
+        try:
+            # One of the hosts answers 403 to Python's default user agent.
+            request = urllib.request.Request(url, headers={"User-Agent": "nanoMIDUS/1.0"})
+            with urllib.request.urlopen(request, timeout=30) as reply, open(temporary, "wb") as file:
+                total = int(reply.headers.get("Content-Length") or 0)
+                print(f"downloading {url} to {path}")
+                with tqdm(total=total or None, unit="B", unit_scale=True, disable=None) as bar:
+                    while piece := reply.read(1 << 20):
+                        file.write(piece)
+                        bar.update(len(piece))
+            if total and os.path.getsize(temporary) != total:
+                raise OSError(f"the connection ended after {os.path.getsize(temporary)} of {total} bytes")
+            check(temporary)
+            return os.replace(temporary, path)
+        except (OSError, http.client.HTTPException) as error:
+            reasons.append(f"{url}: {error}")
+    if os.path.exists(temporary):
+        os.remove(temporary)
+    raise OSError(f"could not get {path} ({'; '.join(reasons)}). {hint}".rstrip())
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Tokenizers
+
+
+def vocab_size(tokenizer: str) -> int:
+    """The number of token ids: `gpt2` 50257, `gpt2:N` N + 1, `bytes` 257; the last id is <|endoftext|>.
+
+    Needs no download. Raises ValueError for any other name.
+    """
+    if tokenizer in ("bytes", "gpt2"):
+        return {"bytes": 257, "gpt2": 50257}[tokenizer]
+    size = re.fullmatch(r"gpt2:(\d+)", tokenizer)
+    if not size or not 256 <= int(size[1]) <= 50256:
+        raise ValueError(f"tokenizer must be gpt2, gpt2:N with N from 256 to 50256, or bytes; not {tokenizer!r}")
+    return int(size[1]) + 1
+
+
+def load_tokenizer(name: str) -> tiktoken.Encoding:
+    """The tokenizer of that name. Raises ValueError for an unknown name, OSError if GPT-2's vocabulary is missing.
+
+    gpt2:N keeps the merges of rank below N. A merge only builds on earlier ones, so any N from 256 (the single
+    bytes) up is a valid vocabulary; a small one keeps a small model from being nearly all output layer.
+    """
+    n = vocab_size(name) - 1
+    if name == "bytes":
+        ranks, pattern = {bytes([i]): i for i in range(256)}, r"[\s\S]"
+    else:
+        try:
+            gpt2 = tiktoken.get_encoding("gpt2")
+        except Exception as error:
+            raise OSError(
+                f"tiktoken could not download GPT-2's vocabulary ({error}). Set TIKTOKEN_CACHE_DIR to a folder where "
+                "tiktoken has cached it on another machine, or use --tokenizer bytes"
+            ) from error
+        ranks, pattern = {piece: rank for piece, rank in gpt2._mergeable_ranks.items() if rank < n}, gpt2._pat_str
+    return tiktoken.Encoding(name, pat_str=pattern, mergeable_ranks=ranks, special_tokens={"<|endoftext|>": n})
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Where the text is
+
+SMERITY, PINNED = "https://wikitext.smerity.com/", "3555105b17ae31cc619a136fac72dbe2865c3738"
+WIKITEXT = {  # name: folder inside the zip, ending of its files, addresses, bytes, sha256
+    "wikitext103": (
+        "wikitext-103-raw", "raw",
+        [f"https://huggingface.co/datasets/mattdangerw/wikitext-103-raw/resolve/{PINNED}/wikitext-103-raw-v1.zip",
+         SMERITY + "wikitext-103-raw-v1.zip"],
+        191984949, "91c00ae287f0d699e18605c84afc9e45c192bc6b7797ff8837e5474655a33794",
+    ),
+    "wikitext2": (
+        "wikitext-2", "tokens", [SMERITY + "wikitext-2-v1.zip"],
+        4475746, "92675f1d63015c1c8b51f1656a52d5bdbc33aafa60cc47a218a66e7ee817488c",
+    ),
+    "wikitext2-raw": (
+        "wikitext-2-raw", "raw", [SMERITY + "wikitext-2-raw-v1.zip"],
+        4721645, "ef7edb566e3e2b2d31b29c1fdb0c89a4cc683597484c3dc2517919c615435a11",
+    ),
+}  # fmt: skip
+DATASETS = (*WIKITEXT, "pydocs")
+
+
+def writable(data_dir: str) -> str:
+    """data_dir, or ./data where it is a folder marked read-only (somebody's own files); made if missing."""
+    # The mode is asked too: root may write anywhere, but should not where nobody is meant to.
+    if os.path.isdir(data_dir) and not (os.access(data_dir, os.W_OK) and os.stat(data_dir).st_mode & 0o222):
+        data_dir = "data"
+    os.makedirs(data_dir, exist_ok=True)
+    return data_dir
+
+
+def build_pydocs(folder: str) -> None:
+    """Writes pydocs' three splits into folder: Python's language reference and the standard library's docstrings.
+
+    Sources are parsed, never imported. A document is a topic or a module; a checksum of its name picks the split
+    (one in 20 each for valid and test), so that nothing depends on hash or directory order.
+    """
+    from pydoc_data.topics import topics
+
+    documents = {f"topic {name}": text for name, text in topics.items()}
+    root, skip = sysconfig.get_paths()["stdlib"], {"test", "tests", "idle_test", "site-packages", "dist-packages"}
+    sources = []
+    for directory, names, files in os.walk(root):
+        names[:] = [name for name in names if name not in skip]
+        sources += [os.path.join(directory, file) for file in files if file.endswith(".py")]
+    kinds = ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef
+    for path in tqdm(sources, desc="reading docstrings", disable=None):
+        with warnings.catch_warnings(), open(path, "rb") as file:
+            warnings.simplefilter("ignore")
+            try:
+                nodes = [node for node in ast.walk(ast.parse(file.read())) if isinstance(node, kinds)]
+            except (SyntaxError, ValueError):  # some files of the library are templates, or broken on purpose
+                continue
+        nodes.sort(key=lambda node: getattr(node, "lineno", 0))
+        name = os.path.relpath(path, root).replace(os.sep, "/")
+        documents[name] = "\n\n".join(doc for node in nodes if (doc := ast.get_docstring(node)))
+    texts = {split: [] for split in SPLITS}
+    for name in sorted(documents):
+        split = {0: "valid", 1: "test"}.get(zlib.crc32(name.encode()) % 20, "train")
+        if documents[name]:
+            texts[split].append(documents[name])
+    for split, parts in texts.items():
+        path = os.path.join(folder, f"wiki.{split}.txt")
+        with open(f"{path}.tmp", "w", encoding="utf-8", newline="\n") as file:
+            file.write("\n\n".join(parts) + "\n")
+        os.replace(f"{path}.tmp", path)
+
+
+def find_source(name: str, split: str, data_dir: str) -> tuple[str, str | None]:
+    """(file, member): where a split's text is; member is its name inside a zip, None for a plain file.
+
+    Looks for wiki.{train,valid,test}.{raw,tokens} in data_dir, then downloads. Raises ValueError for an unknown
+    dataset, OSError if there is neither file nor network.
+    """
+    if name == "pydocs":
+        folder = os.path.join(writable(data_dir), f"pydocs-{platform.python_version()}")
+        if not all(os.path.exists(os.path.join(folder, f"wiki.{s}.txt")) for s in SPLITS):
+            os.makedirs(folder, exist_ok=True)
+            build_pydocs(folder)
+        return os.path.join(folder, f"wiki.{split}.txt"), None
+    folder, ending, urls, size, sha256 = WIKITEXT[name]
+    own = os.path.join(data_dir, f"wiki.{split}.{ending}")
+    if os.path.exists(own):
+        return own, None
+    hint = (
+        f"Without network, put wiki.train.{ending}, wiki.valid.{ending} and wiki.test.{ending} into {data_dir} "
+        "(--data_dir), or use --dataset pydocs, which needs no download."
+    )
+    path = os.path.join(writable(data_dir), os.path.basename(urls[0]))
+    download(urls, path, size, sha256, hint)
+    return path, f"{folder}/wiki.{split}.{ending}"
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Tokens
+
+
+@dataclass(frozen=True)
+class Split:
+    """One split, tokenized. tokens: uint16 memory map; words: one end-of-line each included; bytes: of the text."""
+
+    tokens: np.ndarray
+    words: int
+    bytes: int
+
+
+def encode(text: str, tokenizer: tiktoken.Encoding, desc: str) -> np.ndarray:
+    """Token ids (uint16) of the whole text, exactly as if encoded in one piece; in parallel, with a bar.
+
+    The text is cut at a single space between two other characters: there GPT-2's pattern always starts a new piece.
+    """
+    cuts, size, gap = [0], 1 << 18, re.compile(r"(?<=\S) (?=\S)")
+    while cut := gap.search(text, cuts[-1] + size):
+        cuts.append(cut.start())
+    pieces, ids, threads = [text[a:b] for a, b in zip(cuts, [*cuts[1:], len(text)])], [], os.cpu_count() or 1
+    for first in tqdm(range(0, len(pieces), 4 * threads), desc=desc, disable=None):
+        for piece in tokenizer.encode_ordinary_batch(pieces[first : first + 4 * threads], num_threads=threads):
+            ids.append(np.array(piece, dtype=np.uint16))
+    return np.concatenate(ids)
+
+
+def load_split(name: str, split: str, tokenizer: str, data_dir: str) -> Split:
+    """One split as tokens, from a cache keyed by the source file's sha256 and everything else that shapes it."""
+    path, member = find_source(name, split, data_dir)
+    key = hashlib.sha256(repr((file_sha256(path), member, tokenizer, "layout 1")).encode()).hexdigest()[:16]
+    cache = os.path.join(writable(data_dir), f"{name}-{split}-{tokenizer.replace(':', '-')}-{key}.bin")
+    if not os.path.exists(cache):
+        encoding = load_tokenizer(tokenizer)
+        try:
+            if member is None:
+                with open(path, "rb") as file:
+                    raw = file.read()
+            else:
+                with zipfile.ZipFile(path) as archive:
+                    raw = archive.read(member)
+            text = raw.decode("utf-8")
+        except (UnicodeDecodeError, KeyError, zipfile.BadZipFile) as error:
+            raise ValueError(f"{path} does not hold the {split} split as UTF-8 text: {error}") from error
+        words = len(text.split()) + text.count("\n") + (not text.endswith("\n"))
+        tokens = encode(text, encoding, f"tokenizing {name} {split}")
+        with open(f"{cache}.tmp", "wb") as file:  # two uint64, words and bytes; then the tokens
+            file.write(np.array([words, len(raw)], dtype=np.uint64).tobytes())
+            tokens.tofile(file)
+        os.replace(f"{cache}.tmp", cache)
+    words, size = np.fromfile(cache, dtype=np.uint64, count=2).tolist()
+    return Split(np.memmap(cache, dtype=np.uint16, mode="r", offset=16), words, size)
+
+
+def load_dataset(name: str, tokenizer: str, data_dir: str = "data", splits: tuple = SPLITS) -> dict[str, Split]:
+    """The splits asked for, by name ("train", "valid", "test"). Raises ValueError or OSError, one sentence each."""
+    if name not in DATASETS:
+        raise ValueError(f"dataset must be one of {', '.join(DATASETS)}; not {name!r}")
+    vocab_size(tokenizer)
+    return {split: load_split(name, split, tokenizer, data_dir) for split in splits}
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Batches
+
+
+@lru_cache(maxsize=2)
+def epoch_order(windows: int, seed: int, epoch: int) -> np.ndarray:
+    return np.random.default_rng([seed, epoch]).permutation(windows)
+
+
+def get_batch(tokens: np.ndarray, index: int, batch_size: int, block_size: int, seed: int) -> tuple[Tensor, Tensor]:
+    """Training batch number `index`: inputs and targets, both (B, T), int64, on the CPU.
+
+    A function of its arguments alone, so batch i is the same in every method and after a resume. An epoch reads
+    every window of block_size tokens once, in random order; each epoch cuts the windows at another offset.
+    Raises ValueError if there are not two windows of tokens.
+    """
+    windows = (len(tokens) - 1) // block_size - 1  # one less than fit: room for the offset
+    if windows < 1:
+        need = 2 * block_size + 1
+        raise ValueError(f"the split has {len(tokens)} tokens; block_size {block_size} needs at least {need}")
+    rows = []
+    for sequence in range(index * batch_size, (index + 1) * batch_size):
+        epoch, window = divmod(sequence, windows)
+        offset = (epoch * 7919 + seed) % block_size  # 7919 is prime: offsets spread over the window
+        start = offset + int(epoch_order(windows, seed, epoch)[window]) * block_size
+        rows.append(tokens[start : start + block_size + 1].astype(np.int64))
+    batch = torch.from_numpy(np.stack(rows))  # (B, T + 1)
+    return batch[:, :-1], batch[:, 1:]

@@ -1,0 +1,188 @@
+"""
+What a checkpoint is worth: perplexities, cost, and how much of its memory it uses.
+
+    python eval.py ckpt.pt                      test split of the data it was trained on
+    python eval.py gpt2 --stride 512            published GPT-2 on WikiText-103's test split, overlapping windows
+    python eval.py ckpt.pt --prompt "Once"      samples instead
+
+Perplexity has several names; they differ in what they divide by. With NLL the summed negative log-likelihood of the
+split, in nats:  token-level exp(NLL / tokens), which depends on the tokenizer;  word-level exp(NLL / words), which
+does not;  bits per byte NLL / ln 2 / bytes. Shape names: see hml.py.
+"""
+
+import argparse
+import json
+import math
+import os
+import time
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from tqdm import tqdm
+
+from data import DATASETS, SPLITS, load_dataset, load_tokenizer
+from model import GPT, count_parameters, open_model, pick_device, run_command
+
+
+@torch.no_grad()
+def sum_nll(model: GPT, tokens: np.ndarray, stride: int | None = None, desc: str = "evaluating") -> tuple[float, int]:
+    """Summed negative log-likelihood, in nats and float64, of every token after the first; and how many those are.
+
+    Windows of block_size tokens start `stride` apart (default: block_size, no overlap). A window scores what no
+    earlier one has scored, so each token counts exactly once, with at least block_size - stride tokens before it
+    once the text is that far in. Batches never hold more than 2^28 logits. Raises ValueError for a bad stride or
+    fewer than two tokens.
+    """
+    size, device = model.config.block_size, model.wte.weight.device
+    stride = size if stride is None else stride
+    if not 1 <= stride <= size:
+        raise ValueError(f"stride must lie between 1 and the window, {size}; got {stride}")
+    count = len(tokens) - 1
+    if count < 1:
+        raise ValueError("the split has fewer than two tokens; there is nothing to predict")
+    last = max(0, math.ceil((count - size) / stride))  # index of the last window: the first to reach the end
+    rows = min(32, max(1, 2**28 // (size * model.config.vocab_size)))
+    total = 0.0
+    for first in tqdm(range(0, last + 1, rows), desc=desc, unit="batch", disable=None, leave=False):
+        windows = range(first, min(first + rows, last + 1))
+        # A last window that is cut short goes on its own; all others have the same length.
+        for group in ([w for w in windows if w < last], [w for w in windows if w == last]):
+            if not group:
+                continue
+            pieces = [tokens[w * stride : min(w * stride + size, count) + 1].astype(np.int64) for w in group]
+            batch = torch.from_numpy(np.stack(pieces)).to(device)  # (B, T + 1)
+            logits = model(batch[:, :-1])[0].float()  # (B, T, vocab)
+            nll = F.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten(), reduction="none").view(len(group), -1)
+            for w, row in zip(group, nll.double().cpu()):  # row (T,)
+                scored = 0 if w == 0 else size - stride  # the window before has scored up to here
+                total += row[scored:].sum().item()
+    return total, count
+
+
+@contextmanager
+def count_usage(model: GPT):
+    """Counts what every memory block reads while the context is open; yields {block index: counts}.
+
+    counts: top1 and topk (H, N), how often a slot was a head's best, or was read at all; weight (H, N), the summed
+    weights. The usage figures of Lample et al. 2019, section 4, follow from them; see usage().
+    """
+    config, counts, hooks = model.config, {}, []
+
+    def hook(block: int):
+        def add(module, inputs, reads: tuple[Tensor, Tensor]) -> None:
+            weights, slots = (part.flatten(0, 1).transpose(0, 1).cpu() for part in reads)  # (H, B*T, k)
+            for head in range(config.n_head):
+                n, w, s = config.n_keys**2, weights[head], slots[head]  # w, s (B*T, k), best first
+                counts[block]["top1"][head] += torch.bincount(s[:, 0], minlength=n)
+                counts[block]["topk"][head] += torch.bincount(s.flatten(), minlength=n)
+                counts[block]["weight"][head] += torch.bincount(s.flatten(), w.flatten().double(), minlength=n)
+
+        return add
+
+    for i, kind in enumerate(config.blocks):
+        if kind == "M":
+            counts[i] = {name: torch.zeros(config.n_head, config.n_keys**2) for name in ("top1", "topk", "weight")}
+            counts[i]["weight"] = counts[i]["weight"].double()
+            hooks.append(model.h[i].memory.product_keys.register_forward_hook(hook(i)))
+    try:
+        yield counts
+    finally:
+        for handle in hooks:
+            handle.remove()
+
+
+def usage(counts: dict[str, Tensor]) -> dict[str, float]:
+    """Means over heads: share of slots ever best (top1) or read (topk); KL of the summed weights to uniform, in nats.
+
+    KL = log N + sum z log z is 0 if all slots are used alike and log N if one slot takes all.
+    """
+    z = counts["weight"] / counts["weight"].sum(dim=1, keepdim=True)  # (H, N)
+    kl = math.log(z.size(1)) + torch.special.xlogy(z, z).sum(dim=1).mean().item()
+    return {"top1": (counts["top1"] > 0).double().mean().item(),
+            "topk": (counts["topk"] > 0).double().mean().item(), "kl": kl}  # fmt: skip
+
+
+def evaluate(model: GPT, split, stride: int | None) -> dict:
+    """All figures of one split: perplexities, tokens per second, and the usage of each memory block."""
+    start = time.perf_counter()
+    with count_usage(model) as counts:
+        nll, tokens = sum_nll(model, split.tokens, stride)
+    seconds = time.perf_counter() - start
+    return {
+        "tokens": tokens, "words": split.words, "bytes": split.bytes, "nll": nll,
+        "token_perplexity": math.exp(nll / tokens), "word_perplexity": math.exp(min(700, nll / split.words)),
+        "bits_per_byte": nll / math.log(2) / split.bytes, "tokens_per_second": tokens / seconds,
+        "usage": {block: usage(c) for block, c in counts.items()},
+    }  # fmt: skip
+
+
+def print_report(report: dict) -> None:
+    print(f"token-level perplexity  {report['token_perplexity']:.3f}   exp(NLL / {report['tokens']:,} tokens)")
+    print(f"word-level perplexity   {report['word_perplexity']:.3f}   exp(NLL / {report['words']:,} words)")
+    print(f"bits per byte           {report['bits_per_byte']:.4f}   NLL / ln 2 / {report['bytes']:,} bytes")
+    print(f"tokens/s                {report['tokens_per_second']:,.0f}   counting of memory reads included")
+    for block, figures in report["usage"].items():
+        print(
+            f"memory in block {block}: {figures['top1']:.1%} of slots ever best, {figures['topk']:.1%} ever read, "
+            f"KL to uniform {figures['kl']:.2f} nats (means over heads)"
+        )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Perplexities, cost and memory use of a checkpoint; or samples.")
+    parser.add_argument("checkpoint", help="checkpoint, GPT-2 .bin file, or gpt2, gpt2-medium, gpt2-large, gpt2-xl")
+    parser.add_argument("--split", choices=SPLITS, default="test", help="(default test)")
+    parser.add_argument("--dataset", choices=DATASETS, help="(default: the checkpoint's own)")
+    parser.add_argument("--data_dir", help="folder of the data (default: the checkpoint's own, or ./data)")
+    parser.add_argument("--stride", type=int, help="tokens between windows (default: the window, no overlap)")
+    parser.add_argument("--device", help="cpu, cuda or mps (default: the best there is)")
+    parser.add_argument("--json", help="also write the figures to this file")
+    sampling = parser.add_argument_group("sampling")
+    sampling.add_argument("--prompt", help="continue this text instead of evaluating; may be empty")
+    sampling.add_argument("--max_new_tokens", type=int, default=200, help="tokens to sample (default 200)")
+    sampling.add_argument("--temperature", type=float, default=0.8, help="0 takes the likeliest token (default 0.8)")
+    sampling.add_argument("--sample_top_k", type=int, default=50, help="sample among so many tokens (default 50)")
+    sampling.add_argument("--seed", type=int, default=0, help="(default 0)")
+    args = parser.parse_args()
+    if args.max_new_tokens < 1 or args.sample_top_k < 1 or not 0 <= args.temperature < math.inf:
+        raise ValueError("--max_new_tokens and --sample_top_k must be at least 1, --temperature at least 0")
+    if args.json and not os.path.isdir(os.path.dirname(args.json) or "."):
+        raise ValueError(f"--json {args.json}: there is no such folder")
+    device = pick_device(args.device)
+    model, info = open_model(args.checkpoint, args.data_dir or "data")
+    if args.stride is not None and not 1 <= args.stride <= model.config.block_size:
+        raise ValueError(f"--stride must lie between 1 and the window, {model.config.block_size}; got {args.stride}")
+    model = model.to(device).eval()
+    parts = count_parameters(model)
+    print(f"{args.checkpoint}: {' '.join(model.config.blocks)}, device {device}, float32")
+    print(f"{sum(parts.values()):,} parameters ({', '.join(f'{part} {count:,}' for part, count in parts.items())})")
+
+    if args.prompt is not None:
+        tokenizer = load_tokenizer(info["tokenizer"])
+        tokens = tokenizer.encode_ordinary(args.prompt) or [tokenizer.eot_token]
+        torch.manual_seed(args.seed)
+        out = model.generate(
+            torch.tensor([tokens], device=device), args.max_new_tokens, args.temperature, args.sample_top_k
+        )
+        return print(tokenizer.decode(out[0].tolist()))
+
+    name = args.dataset or info["dataset"]
+    data_dir = args.data_dir or info.get("data_dir", "data")
+    split = load_dataset(name, info["tokenizer"], data_dir, (args.split,))[args.split]
+    stride = args.stride or model.config.block_size
+    print(f"{name} {args.split}, tokenizer {info['tokenizer']}, window {model.config.block_size}, stride {stride}")
+    report = evaluate(model, split, stride)
+    print_report(report)
+    if args.json:
+        about = {"checkpoint": args.checkpoint, "dataset": name, "split": args.split, "tokenizer": info["tokenizer"],
+                 "window": model.config.block_size, "stride": stride, "parameters": parts}  # fmt: skip
+        with open(f"{args.json}.tmp", "w") as file:
+            json.dump(about | report, file, indent=2)
+        os.replace(f"{args.json}.tmp", args.json)
+
+
+if __name__ == "__main__":
+    run_command(main)

@@ -1,0 +1,208 @@
+r"""
+The Head-wise Memory Layer (HML) of MIDUS, Memory-Infused Depth Up-Scaling.
+
+Paper: Kim, Byun, Choi, Park, Song, "MIDUS", arXiv 2512.13751. Product keys are from Lample et al. 2019,
+"Large Memory Layers with Product Keys", arXiv 1907.05242.
+
+A feed-forward layer multiplies every token with all of its weights. A memory layer *looks up* instead: it holds
+N slots and reads only the k whose keys fit the token best, so N can grow while the cost per token hardly does.
+HML gives every attention head a look-up of its own:
+
+    head output a_h --> query q_h --> row scores (n) --> best k --+
+                                  \-> col scores (n) --> best k --+--> best k of the N = n*n slots
+                                                                        |        softmax -> weights
+    bank V (N, d_v), shared by the heads --> z_h = weighted sum of k rows
+                                             m_h = z_h W_h           (HIVE: one small W_h per head)
+    output = [m_1 | m_2 | ... | m_H]
+
+The file goes from the small to the whole: product_key_topk, ProductKeys, HIVE, HeadwiseMemory. It imports nothing
+else of this repository and can be copied as it is.
+
+What it deliberately does not do: no query projection (the head's output *is* the query), no output projection or
+gate, no residual (model.py's MemoryBlock adds one), no mixing between heads, no sparse gradients (Adam and gradient
+clipping refuse them), no counting of which slots were used (eval.py does that).
+
+Shape names, the same in every file:
+    B    batch                     n    sub-keys per half (n_keys)
+    T    tokens in a sequence      N    slots = n * n; slot = row * n + col
+    H    heads (n_head)            k    slots read per token and head (top_k)
+    C    n_embd = H * d_h          d_v  width of a row of the bank (d_latent)
+    d_h  width of a head           P    pairs of ranks that can be among the k best
+"""
+
+from functools import lru_cache
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# 1. The k best of N = n * n slots, without scoring all N
+
+
+@lru_cache
+def candidate_pairs(k: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """The pairs (i, j) of ranks whose sum can be among the k best, as two tensors (P,).
+
+    Both half-lists are sorted, best first. The pair (i, j) is matched or beaten by every pair (i' <= i, j' <= j):
+    (i+1)*(j+1) pairs, itself included. With more than k of those, k others are at least as good and it can go.
+
+    >>> [tuple(pair) for pair in torch.stack(candidate_pairs(3, torch.device("cpu")), 1).tolist()]
+    [(0, 0), (0, 1), (0, 2), (1, 0), (2, 0)]
+    """
+    pairs = [(i, j) for i in range(k) for j in range(k // (i + 1))]  # 20 of 64 at k=8, 50 of 256 at k=16
+    i, j = torch.tensor(pairs, device=device).unbind(1)
+    return i, j
+
+
+def product_key_topk(row_scores: Tensor, col_scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The k best slots when slot (row, col) scores row_scores[row] + col_scores[col]; exact, ties included.
+
+    A slot among the k best has its row among the k best rows and its column among the k best columns, so two short
+    searches over n replace one over n * n (Lample et al., section 3.1).
+
+    row_scores, col_scores: (..., n). Returns scores (..., k), best first, and slots (..., k), int64, row * n + col.
+    Gradients flow into both score tensors. Raises ValueError if k is not in 1..n or the shapes differ.
+
+    >>> product_key_topk(torch.tensor([0., 5., 1.]), torch.tensor([2., 0., 3.]), k=2)
+    (tensor([8., 7.]), tensor([5, 3]))
+    """
+    n = row_scores.size(-1)
+    if row_scores.shape != col_scores.shape:
+        raise ValueError(f"row and column scores differ in shape: {[*row_scores.shape]}, {[*col_scores.shape]}")
+    if not 1 <= k <= n:
+        raise ValueError(f"top_k must lie between 1 and the number of keys per half, {n}; got {k}")
+
+    with torch.no_grad():  # the search itself has no gradient; the winners' scores are gathered anew below
+        best_rows, rows = row_scores.topk(k, dim=-1)  # both (..., k), sorted
+        best_cols, cols = col_scores.topk(k, dim=-1)  # both (..., k), sorted
+        i, j = candidate_pairs(k, row_scores.device)  # both (P,)
+        pair_scores = best_rows[..., i] + best_cols[..., j]  # (..., P)
+        best = pair_scores.topk(k, dim=-1).indices  # (..., k), each in 0..P-1
+        rows = rows.gather(-1, i[best])  # (..., k)
+        cols = cols.gather(-1, j[best])  # (..., k)
+    return row_scores.gather(-1, rows) + col_scores.gather(-1, cols), rows * n + cols
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# 2. Every head searches keys of its own
+
+
+class ProductKeys(nn.Module):
+    """The product keys of H heads: which slots a head reads, and with which weights.
+
+    keys (2, H, n, d_h/2): for each head n row sub-keys and n column sub-keys. They stand for N = n * n keys of
+    width d_h (a row sub-key followed by a column sub-key) that are never built.
+
+    query_norm is ours, off by default: the paper mentions no normalisation of the query [report].
+    """
+
+    def __init__(self, n_head: int, head_dim: int, n_keys: int, top_k: int, query_norm: bool = False):
+        super().__init__()
+        self.top_k, self.query_norm = top_k, query_norm
+        bound = (head_dim // 2) ** -0.5
+        self.keys = nn.Parameter(torch.empty(2, n_head, n_keys, head_dim // 2).uniform_(-bound, bound))
+
+    def forward(self, query: Tensor) -> tuple[Tensor, Tensor]:
+        """query (B, T, H, d_h) -> weights (B, T, H, k), fp32, each k summing to 1; slots (B, T, H, k), int64."""
+        # In bf16 about one in eight of the top-8 sets would come out different, so scores are always fp32.
+        with torch.autocast(query.device.type, enabled=False):
+            query = query.float()
+            if self.query_norm:
+                query = F.layer_norm(query, query.shape[-1:])  # (B, T, H, d_h), without weights of its own
+            halves = query.unflatten(-1, (2, -1))  # (B, T, H, 2, d_h/2); s in the einsum counts the halves
+            scores = torch.einsum("bthsd,shnd->sbthn", halves, self.keys.float())  # (2, B, T, H, n)
+            best, slots = product_key_topk(*scores, self.top_k)  # both (B, T, H, k)
+            return best.softmax(dim=-1), slots
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# 3. One bank for all heads, one small projection per head
+
+
+class HIVE(nn.Module):
+    """Head-wise implicit value expansion: what a head finds in the shared bank, turned into that head's values.
+
+    bank (N, d_v) is shared by all heads; proj (H, d_v, d_h) holds one W_h per head. Head h behaves as if it owned
+    the value table bank @ W_h, (N, d_h), which is never built: pooling the k rows first and projecting the sum
+    gives the same, since both are linear. For GPT-2 (C=768, H=12) with n=128, d_v=64 the bank and the projections
+    take 1.10M parameters; value tables per head would take 12.58M.
+    """
+
+    def __init__(self, n_head: int, head_dim: int, n_slots: int, d_latent: int):
+        super().__init__()
+        self.bank = nn.Parameter(torch.zeros(n_slots, d_latent))
+        self.proj = nn.Parameter(torch.randn(n_head, d_latent, head_dim) * d_latent**-0.5)
+
+    def pool(self, weights: Tensor, slots: Tensor) -> Tensor:
+        """The definition: z = sum over k of weight * row. weights, slots (B, T, H, k) -> z (B, T, H, d_v), fp32."""
+        rows = F.embedding(slots, self.bank.float())  # (B, T, H, k, d_v): k times as large as the result
+        return torch.einsum("bthk,bthkv->bthv", weights, rows)  # (B, T, H, d_v)
+
+    def pool_fast(self, weights: Tensor, slots: Tensor) -> Tensor:
+        """The same in one kernel that never holds the gathered rows; 3-4 times cheaper on a CPU."""
+        k = slots.size(-1)
+        # float(): embedding_bag refuses mixed dtypes, and has no bf16 backward on CUDA.
+        z = F.embedding_bag(slots.view(-1, k), self.bank.float(), per_sample_weights=weights.view(-1, k), mode="sum")
+        return z.view(*slots.shape[:-1], -1)  # (B*T*H, d_v) -> (B, T, H, d_v)
+
+    def forward(self, weights: Tensor, slots: Tensor) -> Tensor:
+        """weights, slots (B, T, H, k) -> values m (B, T, H, d_h)."""
+        pool = self.pool if slots.device.type == "mps" else self.pool_fast  # embedding_bag is unreliable on MPS
+        z = pool(weights, slots).to(self.proj.dtype)  # (B, T, H, d_v)
+        return torch.einsum("bthv,hvd->bthd", z, self.proj)  # (B, T, H, d_h)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# 4. The layer
+
+
+class HeadwiseMemory(nn.Module):
+    """HML: every head looks up its own product keys, HIVE realises what they find. No head sees another.
+
+    n_head, head_dim: H and d_h of the attention that feeds the layer; n_keys: n, sub-keys per half, so n * n
+    slots; top_k: k; d_latent: d_v; query_norm: normalise queries (ours; off is the paper's form).
+    Raises ValueError where these contradict each other.
+
+    How it starts, and what learns when:
+
+        tensor     shape             starts as              gradient at step 0   from step 1
+        keys       (2, H, n, d_h/2)  U(+-(d_h/2)^-0.5)      zero                 yes
+        hive.bank  (N, d_v)          zero                   yes, the rows read   yes
+        hive.proj  (H, d_v, d_h)     N(0, std d_v^-0.5)     zero                 yes
+        the query  (from the block)  copied from the base   zero                 yes
+
+    With the bank at zero the layer returns exact zeros, so a model it is inserted into starts as the very same
+    function [paper: values start at zero]. Everything that is multiplied with the bank then has gradient zero; only
+    the bank itself moves in the first step. proj cannot be zero as well: each would hold the other's gradient at
+    zero for ever. Zeroing proj instead would also start as the identity, but then a row that was never read would
+    be noise when it is first read; a zero row says nothing until it has learned something.
+    """
+
+    def __init__(
+        self, n_head: int, head_dim: int, n_keys: int, top_k: int, d_latent: int, query_norm: bool = False
+    ):
+        super().__init__()
+        if min(n_head, head_dim, n_keys, d_latent) < 1:
+            raise ValueError("n_head, head_dim, n_keys and d_latent must be at least 1")
+        if head_dim % 2:
+            raise ValueError(f"product keys cut the query in two halves: the head width must be even, not {head_dim}")
+        if top_k < 2:  # the softmax over one score is the constant 1: keys and queries would get no gradient
+            raise ValueError(f"top_k must be at least 2, or keys and queries cannot learn; got {top_k}")
+        if top_k > n_keys:
+            raise ValueError(f"top_k must be at most n_keys, {n_keys}; got {top_k}")
+        self.n_head, self.head_dim = n_head, head_dim
+        self.product_keys = ProductKeys(n_head, head_dim, n_keys, top_k, query_norm)
+        self.hive = HIVE(n_head, head_dim, n_keys * n_keys, d_latent)
+
+    def read(self, heads: Tensor) -> tuple[Tensor, Tensor]:
+        """What each token and head reads: heads (B, T, H, d_h) -> weights, slots, both (B, T, H, k)."""
+        if heads.dim() != 4 or heads.shape[2:] != (self.n_head, self.head_dim):
+            want = f"(B, T, {self.n_head}, {self.head_dim})"
+            raise ValueError(f"the memory layer takes head outputs of shape {want}, not {tuple(heads.shape)}")
+        return self.product_keys(heads)
+
+    def forward(self, heads: Tensor) -> Tensor:
+        """heads (B, T, H, d_h), attention output split by head -> (B, T, C), the heads' values side by side."""
+        return self.hive(*self.read(heads)).flatten(2)  # (B, T, H, d_h) -> (B, T, C)

@@ -1,0 +1,336 @@
+"""
+GPT-2, with two kinds of blocks: transformer blocks (T) and memory blocks (M).
+
+    T:  x = x + Attn(LN1(x));  x = x + MLP(LN2(x))        Attn ends in the output projection c_proj
+    M:  x = x + HML(heads(LN1(x)))                        heads: the same attention, without c_proj; see hml.py
+
+A config's `blocks` string says what stands where: "TMTTMT" is T M T T M T from bottom to top. Parameters carry
+GPT-2's names (wte, wpe, h.N.attn.c_attn, ...), so that published weights map by name. Shape names: see hml.py.
+
+In order: GPTConfig, attention, the two blocks, GPT (forward, generate, published weights), checkpoints, and what all
+commands share (device, exit status). Not here: dropout, other positions than learned ones, other norms.
+"""
+
+import os
+import sys
+from dataclasses import asdict, dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from data import download, file_sha256
+from hml import HeadwiseMemory
+
+# ---------------------------------------------------------------------------------------------------------------
+# The shape of a model
+
+
+@dataclass(frozen=True)
+class GPTConfig:
+    """Everything that fixes the shape of a model. Raises ValueError, one sentence, where it contradicts itself.
+
+    n_layer counts all blocks; block_size is the longest sequence, in tokens; blocks is a letter T or M per block,
+    "" for transformer blocks only; n_keys, top_k, d_latent and query_norm shape the memory of M blocks (n, k, d_v
+    in hml.py); new lists the indices, from 0, of the blocks that up-scaling inserted.
+    """
+
+    n_layer: int
+    n_head: int
+    n_embd: int
+    block_size: int
+    vocab_size: int
+    blocks: str = ""
+    n_keys: int = 128
+    top_k: int = 16
+    d_latent: int = 64
+    query_norm: bool = False
+    new: tuple[int, ...] = ()
+
+    def __post_init__(self):
+        for name in ("n_layer", "n_head", "n_embd", "block_size", "vocab_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
+        if self.n_embd % self.n_head:
+            raise ValueError(f"n_embd must be a multiple of n_head; got {self.n_embd} and {self.n_head}")
+        if self.blocks == "":
+            object.__setattr__(self, "blocks", "T" * self.n_layer)
+        if len(self.blocks) != self.n_layer or set(self.blocks) - set("TM"):
+            raise ValueError(f"blocks must be {self.n_layer} letters T or M (one per layer), not {self.blocks!r}")
+        if not all(0 <= i < self.n_layer for i in self.new):
+            raise ValueError(f"new must list block indices from 0 to {self.n_layer - 1}, not {self.new}")
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Blocks
+
+
+class Heads(nn.Module):
+    """Multi-head causal attention that stops before the output projection: head outputs stay apart."""
+
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        self.n_head = config.n_head
+        self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd)  # Q, K and V in one
+
+    def forward(self, x: Tensor, cache: dict | None = None) -> Tensor:
+        """x (B, T, C) -> (B, T, H, d_h). cache, if given, holds the keys and values so far and takes up the new."""
+        q, k, v = (
+            part.unflatten(-1, (self.n_head, -1)).transpose(1, 2)  # (B, T, C) -> (B, T, H, d_h) -> (B, H, T, d_h)
+            for part in self.c_attn(x).chunk(3, dim=-1)
+        )
+        first = not cache
+        if cache is not None:
+            if cache:
+                k = torch.cat((cache["k"], k), dim=2)  # (B, H, T so far, d_h)
+                v = torch.cat((cache["v"], v), dim=2)
+            cache["k"], cache["v"] = k, v
+        # After the first call one token comes at a time; it may look at all before it, so no mask is needed.
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=first)  # (B, H, T, d_h)
+        return y.transpose(1, 2)  # (B, T, H, d_h)
+
+
+class Attention(Heads):
+    """GPT-2's attention: the heads, joined and projected. x (B, T, C) -> (B, T, C)."""
+
+    def __init__(self, config: GPTConfig):
+        super().__init__(config)
+        self.c_proj = nn.Linear(config.n_embd, config.n_embd)
+
+    def forward(self, x: Tensor, cache: dict | None = None) -> Tensor:
+        return self.c_proj(super().forward(x, cache).flatten(2))  # (B, T, H, d_h) -> (B, T, C)
+
+
+class MLP(nn.Module):
+    """GPT-2's feed-forward layer. x (B, T, C) -> (B, T, C)."""
+
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        self.c_fc = nn.Linear(config.n_embd, 4 * config.n_embd)
+        self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.c_proj(F.gelu(self.c_fc(x), approximate="tanh"))  # GPT-2 was trained with the tanh form
+
+
+class TransformerBlock(nn.Module):
+    """GPT-2's block: x + attention, then x + MLP, each on a normalised input. x (B, T, C) -> (B, T, C)."""
+
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        self.ln_1 = nn.LayerNorm(config.n_embd)
+        self.attn = Attention(config)
+        self.ln_2 = nn.LayerNorm(config.n_embd)
+        self.mlp = MLP(config)
+
+    def forward(self, x: Tensor, cache: dict | None = None) -> Tensor:
+        x = x + self.attn(self.ln_1(x), cache)
+        return x + self.mlp(self.ln_2(x))
+
+
+class MemoryBlock(nn.Module):
+    """MIDUS's block, x + HML(heads(LN(x))): no output projection, no MLP, and no residual between attention and
+    memory, which would weaken what retrieval has to learn [report]. x (B, T, C) -> (B, T, C)."""
+
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        self.ln_1 = nn.LayerNorm(config.n_embd)
+        self.attn = Heads(config)
+        head_dim = config.n_embd // config.n_head
+        self.memory = HeadwiseMemory(
+            config.n_head, head_dim, config.n_keys, config.top_k, config.d_latent, config.query_norm
+        )
+
+    def forward(self, x: Tensor, cache: dict | None = None) -> Tensor:
+        return x + self.memory(self.attn(self.ln_1(x), cache))
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# The model
+
+GPT2_URL = "https://huggingface.co/openai-community/{}/resolve/main/pytorch_model.bin"
+GPT2_SHA256 = {"gpt2": "7c5d3f4b8b76583b422fcb9189ad6c89d5d97a094541ce8932dce3ecabde1421"}  # None known for the rest
+PRETRAINED = {  # OpenAI's four sizes: n_layer, n_head, n_embd, block_size, vocab_size
+    "gpt2": GPTConfig(12, 12, 768, 1024, 50257),  # 124M parameters
+    "gpt2-medium": GPTConfig(24, 16, 1024, 1024, 50257),  # 355M
+    "gpt2-large": GPTConfig(36, 20, 1280, 1024, 50257),  # 774M
+    "gpt2-xl": GPTConfig(48, 25, 1600, 1024, 50257),  # 1558M
+}
+
+
+class GPT(nn.Module):
+    """A stack of blocks between token embeddings and the head that shares their weights."""
+
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        self.config = config
+        self.wte = nn.Embedding(config.vocab_size, config.n_embd)
+        self.wpe = nn.Embedding(config.block_size, config.n_embd)
+        kinds = {"T": TransformerBlock, "M": MemoryBlock}
+        self.h = nn.ModuleList(kinds[kind](config) for kind in config.blocks)
+        self.ln_f = nn.LayerNorm(config.n_embd)
+        for name, module in self.named_modules():  # GPT-2's initialisation; hml.py has the memory's own
+            if isinstance(module, nn.Linear | nn.Embedding):
+                residual = name.endswith("c_proj")  # writes to the residual stream: smaller, the deeper the stack
+                nn.init.normal_(module.weight, std=0.02 * ((2 * config.n_layer) ** -0.5 if residual else 1))
+            if isinstance(module, nn.Linear):
+                nn.init.zeros_(module.bias)
+
+    def forward(
+        self, tokens: Tensor, targets: Tensor | None = None, cache: list[dict] | None = None
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """tokens (B, T) -> logits (B, T, vocab) and None; with targets (B, T): None and the mean loss in nats.
+
+        cache: a list with one empty dict per block, to be passed again with only the tokens that follow.
+        Raises ValueError if the sequence is longer than block_size.
+        """
+        start = cache[0]["k"].size(2) if cache and cache[0] else 0
+        end = start + tokens.size(1)
+        if end > self.config.block_size:
+            raise ValueError(f"a sequence of {end} tokens is longer than the model's {self.config.block_size}")
+        x = self.wte(tokens) + self.wpe(torch.arange(start, end, device=tokens.device))  # (B, T, C)
+        for i, block in enumerate(self.h):
+            x = block(x, cache[i] if cache is not None else None)  # (B, T, C)
+        logits = F.linear(self.ln_f(x), self.wte.weight)  # (B, T, vocab)
+        if targets is None:
+            return logits, None
+        return None, F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
+
+    @torch.no_grad()
+    def generate(self, tokens: Tensor, max_new_tokens: int, temperature: float = 1.0, top_k: int | None = None) -> Tensor:
+        """Continues tokens (B, T >= 1) by max_new_tokens; returns both. temperature 0 always takes the likeliest.
+
+        Keys and values are cached. When block_size is full the cache is dropped and the last half window read anew.
+        """
+        cache, used, feed = [{} for _ in self.h], 0, tokens
+        for _ in range(max_new_tokens):
+            if used + feed.size(1) > self.config.block_size:
+                cache, used = [{} for _ in self.h], 0
+                feed = tokens[:, -max(1, self.config.block_size // 2) :]
+            logits = self(feed, cache=cache)[0][:, -1]  # (B, vocab)
+            used += feed.size(1)
+            if temperature == 0:
+                feed = logits.argmax(dim=-1, keepdim=True)  # (B, 1)
+            else:
+                if top_k is not None:
+                    worst = logits.topk(min(top_k, logits.size(-1))).values[:, -1:]  # (B, 1)
+                    logits = logits.masked_fill(logits < worst, float("-inf"))
+                feed = torch.multinomial((logits.float() / temperature).softmax(dim=-1), 1)  # (B, 1)
+            tokens = torch.cat((tokens, feed), dim=1)
+        return tokens
+
+    @classmethod
+    def from_pretrained(cls, name_or_file: str, data_dir: str = "data") -> "GPT":
+        """OpenAI's GPT-2 by name (see PRETRAINED; downloaded once into data_dir), or a file in the same layout.
+
+        Both layouts in use are understood: with or without the `transformer.` prefix, lm_head and mask buffers.
+        Raises ValueError for an unknown name or a file that does not fit, OSError if the download fails.
+        """
+        path = name_or_file
+        if path in PRETRAINED:
+            path = os.path.join(data_dir, f"{name_or_file}.bin")
+            download([GPT2_URL.format(name_or_file)], path, sha256=GPT2_SHA256.get(name_or_file))
+        elif not os.path.isfile(path):
+            raise ValueError(f"{path} is neither a file nor one of {', '.join(PRETRAINED)}")
+        try:
+            state = torch.load(path, map_location="cpu", weights_only=True)
+            state = {name.removeprefix("transformer."): tensor for name, tensor in state.items()}
+            masks = (".attn.bias", ".attn.masked_bias")
+            state = {name: t for name, t in state.items() if name != "lm_head.weight" and not name.endswith(masks)}
+            for name in state:  # OpenAI stores linear weights as (in, out)
+                if name.endswith(("c_attn.weight", "c_proj.weight", "c_fc.weight")):
+                    state[name] = state[name].T
+            (vocab_size, n_embd), block_size = state["wte.weight"].shape, state["wpe.weight"].size(0)
+            n_layer = len({name.split(".")[1] for name in state if name.startswith("h.")})
+            model = cls(GPTConfig(n_layer, n_embd // 64, n_embd, block_size, vocab_size))  # heads are 64 wide
+            model.load_state_dict(state)
+        except Exception as error:  # torch.load and load_state_dict raise many kinds
+            reason = str(error).strip().split("\n")[0]
+            raise ValueError(f"{path} does not hold GPT-2 weights in OpenAI's layout: {reason}") from error
+        return model
+
+
+def count_parameters(model: GPT, blocks: tuple[int, ...] | None = None) -> dict[str, int]:
+    """Parameters by part, zero parts left out; of the blocks at these indices only, if given."""
+    parts = {  # the first fragment found in a parameter's name decides
+        "product_keys": "keys", "hive.bank": "bank", "hive.proj": "projections", ".attn.": "attention",
+        ".ln_1.": "attention", ".mlp.": "mlp", ".ln_2.": "mlp", "": "embeddings",
+    }  # fmt: skip
+    counts = {}
+    for name, parameter in model.named_parameters():
+        if blocks is None or (name.startswith("h.") and int(name.split(".")[1]) in blocks):
+            part = next(part for fragment, part in parts.items() if fragment in name)
+            counts[part] = counts.get(part, 0) + parameter.numel()
+    return counts
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Checkpoints: a torch file followed by the sha256 of all before it (torch.load ignores the extra 32 bytes)
+
+
+def save_checkpoint(path: str, model: GPT, **info) -> None:
+    """Writes the model's config and weights and `info` (plain types and tensors only) to path, whole or not at all."""
+    temporary = f"{path}.tmp"
+    try:
+        torch.save({"config": asdict(model.config), "model": model.state_dict(), **info}, temporary)
+        digest = file_sha256(temporary)
+        with open(temporary, "ab") as file:
+            file.write(digest)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
+        if os.path.exists(temporary):
+            os.remove(temporary)
+        raise OSError(f"could not write {path}: {str(error).splitlines()[0]}") from error
+
+
+def load_checkpoint(path: str) -> tuple[GPT, dict]:
+    """The model on the CPU, and everything else that save_checkpoint was given. Raises ValueError with a sentence."""
+    if not os.path.isfile(path):
+        raise ValueError(f"there is no checkpoint at {path}")
+    size = os.path.getsize(path)
+    with open(path, "rb") as file:
+        file.seek(max(0, size - 32))
+        tail = file.read()
+    if size <= 32 or file_sha256(path, size - 32) != tail:
+        raise ValueError(f"{path} is damaged or is no nanoMIDUS checkpoint: its sha256 does not match")
+    info = torch.load(path, map_location="cpu", weights_only=True)
+    model = GPT(GPTConfig(**info.pop("config")))
+    model.load_state_dict(info.pop("model"))
+    return model, info
+
+
+def open_model(name_or_file: str, data_dir: str = "data") -> tuple[GPT, dict]:
+    """A GPT-2 by name or as a .bin file in OpenAI's layout, or one of our checkpoints; with what goes with it."""
+    if name_or_file in PRETRAINED or name_or_file.endswith(".bin"):
+        return GPT.from_pretrained(name_or_file, data_dir), {"tokenizer": "gpt2", "dataset": "wikitext103"}
+    return load_checkpoint(name_or_file)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# What every command shares
+
+
+def pick_device(name: str | None = None) -> torch.device:
+    """The device called `name`, or the best there is. Raises ValueError if the machine does not have it."""
+    have = ["cpu"]
+    if torch.backends.mps.is_available():
+        have.insert(0, "mps")
+    if torch.cuda.is_available():
+        have = ["cuda", *(f"cuda:{i}" for i in range(torch.cuda.device_count())), *have]
+    if name is not None and name not in have:
+        raise ValueError(f"device {name} is not available here; choose from {', '.join(have)}")
+    return torch.device(name or have[0])
+
+
+def run_command(main) -> None:
+    """Runs a script: bad input ends it with one sentence and status 2, a fault with 1, an interrupt with 130."""
+    try:
+        main()
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
+    except (ValueError, OSError, ArithmeticError, torch.OutOfMemoryError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2 if isinstance(error, ValueError) else 1)

@@ -1,0 +1,215 @@
+"""
+Depth up-scaling: a pre-trained GPT in, a deeper GPT out, ready for continual pre-training.
+
+    midus      memory blocks between the transformer blocks; starts as exactly the base      arXiv 2512.13751
+    llama-pro  copies of blocks with both output projections zeroed; starts as the base      arXiv 2401.02415
+    solar      two overlapping copies of the stack; starts worse, then recovers              arXiv 2312.15166
+
+As a command:  python upscale.py base.pt --method midus --out deeper.pt      (or gpt2 instead of base.pt)
+
+Positions are counted as in the papers: p = right after transformer block p, from 1. In `config.new` the inserted
+blocks are listed by index in the new stack, from 0. More methods: experiments/. Shape names: see hml.py.
+"""
+
+import argparse
+import os
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+
+from data import load_tokenizer
+from model import GPT, count_parameters, open_model, pick_device, run_command, save_checkpoint
+
+METHODS = ("midus", "llama-pro", "solar")
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Where the new blocks go
+
+
+def place(
+    n_layer: int, in_the_middle: bool, every: int = 2, positions: list[int] | None = None, n_new: int | None = None
+) -> list[int]:
+    """Positions (1..n_layer, ascending) for new blocks; explicit ones, or n_new spread evenly, or one in `every`.
+
+    The stack is cut into equal groups and each gets one new block: in its middle (MIDUS: T M T) or at its end
+    (LLaMA Pro: T T C). With `every`, a last group that is not full gets none. Raises ValueError, one sentence.
+
+    >>> place(6, True, every=2), place(6, False, every=2), place(12, True, n_new=5)
+    ([1, 3, 5], [2, 4, 6], [1, 3, 6, 8, 11])
+    """
+    if positions is not None and n_new is not None:
+        raise ValueError("give either positions or n_new, not both")
+    if positions is not None:
+        wrong = [p for p in positions if not 1 <= p <= n_layer]
+        if wrong or not positions:
+            raise ValueError(f"positions must lie between 1 and {n_layer}, the number of blocks; got {positions}")
+        if len(set(positions)) < len(positions):
+            raise ValueError(f"new blocks are never stacked on each other; positions repeat: {positions}")
+        return sorted(positions)
+    if n_new is not None:
+        if not 1 <= n_new <= n_layer:
+            raise ValueError(f"n_new must lie between 1 and {n_layer}, the number of blocks; got {n_new}")
+        edges = [group * n_layer // n_new for group in range(n_new + 1)]
+    else:
+        if not 1 <= every <= n_layer:
+            raise ValueError(f"every must lie between 1 and {n_layer}, the number of blocks; got {every}")
+        edges = list(range(0, n_layer + 1, every))
+    return [(low + high + 1) // 2 if in_the_middle else high for low, high in zip(edges, edges[1:])]
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# The methods: each says which block of the base every block of the new stack starts from
+
+
+def interleave(n_layer: int, positions: list[int]) -> tuple[list[int], list[int]]:
+    """Sources and new indices of a stack with, after each block named in positions, one new block made from it."""
+    sources, new = [], []
+    for block in range(n_layer):
+        sources.append(block)
+        if block + 1 in positions:
+            new.append(len(sources))
+            sources.append(block)
+    return sources, new
+
+
+def overlap(n_layer: int, n_new: int) -> tuple[list[int], list[int]]:
+    """SOLAR: the stack without its last m1 blocks, then the stack without its first m2; m1 + m2 = n_layer - n_new.
+
+    The second copy's overlapping blocks count as the new ones.
+    """
+    m1 = (n_layer - n_new) // 2
+    m2 = n_layer - n_new - m1
+    sources = [*range(n_layer - m1), *range(m2, n_layer)]
+    return sources, list(range(n_layer - m1, n_layer - m1 + n_new))
+
+
+@torch.no_grad()
+def upscale(
+    base: GPT,
+    method: str,
+    every: int = 2,
+    positions: list[int] | None = None,
+    n_new: int | None = None,
+    **memory,
+) -> GPT:
+    """A deeper copy of base, on its device; base is left untouched.
+
+    method: one of METHODS. Placement: see place(); solar has one seam and takes n_new only (default: half as many
+    blocks again, as published). memory: n_keys, top_k, d_latent, query_norm of midus's memory blocks.
+    Raises ValueError, one sentence, for a placement or memory that cannot be.
+    """
+    L = base.config.n_layer
+    if "M" in base.config.blocks:
+        raise ValueError("the base already has memory blocks; up-scale a model of transformer blocks only")
+    if method not in METHODS:
+        raise ValueError(f"method must be one of {', '.join(METHODS)}; not {method!r}")
+    if method != "midus" and memory:
+        raise ValueError(f"{method} inserts no memory blocks; it takes no {', '.join(memory)}")
+    if method == "solar":
+        if positions is not None or every != 2:
+            raise ValueError("solar has one seam, in the middle: it takes n_new, not positions or every")
+        n_new = max(1, L // 2) if n_new is None else n_new
+        if not 1 <= n_new <= L:
+            raise ValueError(f"n_new must lie between 1 and {L}, the number of blocks; got {n_new}")
+        sources, new = overlap(L, n_new)
+    else:
+        sources, new = interleave(L, place(L, method == "midus", every, positions, n_new))
+
+    blocks = "".join("M" if method == "midus" and i in new else "T" for i in range(len(sources)))
+    config = replace(base.config, n_layer=len(sources), blocks=blocks, new=tuple(new), **memory)
+    with torch.device(base.wte.weight.device):
+        model = GPT(config)
+    for name in ("wte", "wpe", "ln_f"):
+        getattr(model, name).load_state_dict(getattr(base, name).state_dict())
+    for i, source in enumerate(sources):
+        # A memory block takes LN and Q, K, V from its source and has no place for the rest [choice: the block before].
+        model.h[i].load_state_dict(base.h[source].state_dict(), strict=blocks[i] == "T")
+        if method == "llama-pro" and i in new:
+            for proj in (model.h[i].attn.c_proj, model.h[i].mlp.c_proj):
+                nn.init.zeros_(proj.weight)
+                nn.init.zeros_(proj.bias)  # GPT-2 has biases: the weight alone would not make an identity
+    return model.to(base.wte.weight.dtype)
+
+
+def set_trainable(model: GPT, which: str) -> None:
+    """Freezes parameters: which is "new" (only inserted blocks train) or "all". Raises ValueError if none would."""
+    if which == "new" and not model.config.new:
+        raise ValueError("--train new needs inserted blocks, and this model has none; use --train all")
+    model.requires_grad_(which == "all")
+    for i in model.config.new:
+        model.h[i].requires_grad_(True)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# The command
+
+
+@torch.no_grad()
+def identity_gap(base: GPT, deeper: GPT, tokens: Tensor, dtype: torch.dtype) -> float:
+    """The largest absolute difference of the two models' logits on tokens (B, T), computed in dtype (by autocast)."""
+    device = base.wte.weight.device
+    with torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
+        return (base(tokens.to(device))[0] - deeper(tokens.to(device))[0]).abs().max().item()
+
+
+def sample_tokens(tokenizer: str, length: int) -> Tensor:
+    """Some real tokens (1, length) that need no data set: this file's own first lines, repeated as necessary."""
+    ids = load_tokenizer(tokenizer).encode_ordinary(__doc__)
+    return torch.tensor([(ids * (length // len(ids) + 1))[:length]])
+
+
+def summary(base: GPT, deeper: GPT) -> str:
+    """The new stack as a line, the parameters before and added, and the added ones by part."""
+    before, added = sum(count_parameters(base).values()), count_parameters(deeper, deeper.config.new)
+    stack = " ".join(deeper.config.blocks)
+    marks = " ".join("^" if i in deeper.config.new else " " for i in range(deeper.config.n_layer)).rstrip()
+    parts = ", ".join(f"{part} {count:,}" for part, count in added.items())
+    return f"stack  {stack}\nnew    {marks}\nbase   {before:,} parameters\nadded  {sum(added.values()):,} ({parts})"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The flags of placement and memory, shared with train.py; what is not given stays None."""
+    group = parser.add_argument_group("new blocks")
+    group.add_argument("--every", type=int, help="one new block per so many blocks (default 2)")
+    group.add_argument("--positions", type=int, nargs="+", help="new blocks right after these blocks, from 1")
+    group.add_argument("--n_new", type=int, help="number of new blocks, spread evenly")
+    group.add_argument("--n_keys", type=int, help="sub-keys per half; n_keys squared slots")
+    group.add_argument("--top_k", type=int, help="slots read per token and head")
+    group.add_argument("--d_latent", type=int, help="width of a row of the shared bank")
+    group.add_argument("--query_norm", action="store_true", default=None, help="normalise queries (not in the paper)")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Up-scale a checkpoint (or a GPT-2 by name) without training it.")
+    parser.add_argument("base", help="checkpoint, GPT-2 .bin file, or gpt2, gpt2-medium, gpt2-large, gpt2-xl")
+    parser.add_argument("--method", choices=METHODS, default="midus")
+    parser.add_argument("--out", default="deeper.pt", help="where the new checkpoint goes (default deeper.pt)")
+    parser.add_argument("--overwrite", action="store_true", help="replace --out if it exists")
+    parser.add_argument("--data_dir", default="data", help="where GPT-2's weights are kept (default ./data)")
+    parser.add_argument("--device", help="cpu, cuda or mps (default: the best there is)")
+    parser.add_argument("--seed", type=int, default=0, help="seed of what starts at random (default 0)")
+    add_arguments(parser)
+    args = parser.parse_args()
+    if os.path.exists(args.out) and not args.overwrite:
+        raise ValueError(f"{args.out} exists; choose another --out, or add --overwrite")
+    names = ("every", "positions", "n_new", "n_keys", "top_k", "d_latent", "query_norm")
+    options = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+    device = pick_device(args.device)
+    base, info = open_model(args.base, args.data_dir)
+    base = base.to(device).eval()
+    torch.manual_seed(args.seed)
+    deeper = upscale(base, args.method, **options).eval()
+    print(f"{args.method} on {args.base}, device {device}\n{summary(base, deeper)}")
+    tokens = sample_tokens(info["tokenizer"], min(256, base.config.block_size))
+    for dtype in (torch.float32, torch.bfloat16):
+        gap = identity_gap(base, deeper, tokens, dtype)
+        print(f"largest difference of logits to the base, {str(dtype).split('.')[1]}: {gap:g}")
+    kept = {name: info[name] for name in ("tokenizer", "dataset", "data_dir") if name in info}
+    save_checkpoint(args.out, deeper, method=args.method, history=[], **kept)
+    print(f"wrote {args.out}")
+
+
+if __name__ == "__main__":
+    run_command(main)
