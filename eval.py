@@ -14,6 +14,7 @@ import argparse
 import json
 import math
 import os
+import sys
 import time
 from contextlib import contextmanager
 
@@ -105,6 +106,17 @@ def usage(counts: dict[str, Tensor]) -> dict[str, float]:
             "topk": (counts["topk"] > 0).double().mean().item(), "kl": kl}  # fmt: skip
 
 
+def peak_memory(device: torch.device) -> int:
+    """Bytes: the most that tensors took on a GPU, elsewhere the most the whole process took; 0 if not known."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    try:
+        import resource  # not on Windows
+    except ImportError:
+        return 0
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
 def evaluate(model: GPT, split, stride: int | None) -> dict:
     """All figures of one split: perplexities, tokens per second, and the usage of each memory block."""
     start = time.perf_counter()
@@ -113,8 +125,9 @@ def evaluate(model: GPT, split, stride: int | None) -> dict:
     seconds = time.perf_counter() - start
     return {
         "tokens": tokens, "words": split.words, "bytes": split.bytes, "nll": nll,
-        "token_perplexity": math.exp(nll / tokens), "word_perplexity": math.exp(min(700, nll / split.words)),
+        "token_perplexity": math.exp(nll / tokens), "word_perplexity": math.exp(nll / split.words),
         "bits_per_byte": nll / math.log(2) / split.bytes, "tokens_per_second": tokens / seconds,
+        "peak_memory": peak_memory(model.wte.weight.device),
         "usage": {block: usage(c) for block, c in counts.items()},
     }  # fmt: skip
 
@@ -124,6 +137,7 @@ def print_report(report: dict) -> None:
     print(f"word-level perplexity   {report['word_perplexity']:.3f}   exp(NLL / {report['words']:,} words)")
     print(f"bits per byte           {report['bits_per_byte']:.4f}   NLL / ln 2 / {report['bytes']:,} bytes")
     print(f"tokens/s                {report['tokens_per_second']:,.0f}   counting of memory reads included")
+    print(f"peak memory             {report['peak_memory'] / 2**20:,.0f} MiB")
     for block, figures in report["usage"].items():
         print(
             f"memory in block {block}: {figures['top1']:.1%} of slots ever best, {figures['topk']:.1%} ever read, "
@@ -169,7 +183,7 @@ def main() -> None:
         )
         return print(tokenizer.decode(out[0].tolist()))
 
-    name = args.dataset or info["dataset"]
+    name = args.dataset or info.get("dataset", "wikitext103")
     data_dir = args.data_dir or info.get("data_dir", "data")
     split = load_dataset(name, info["tokenizer"], data_dir, (args.split,))[args.split]
     stride = args.stride or model.config.block_size

@@ -169,10 +169,13 @@ class GPT(nn.Module):
         kinds = {"T": TransformerBlock, "M": MemoryBlock}
         self.h = nn.ModuleList(kinds[kind](config) for kind in config.blocks)
         self.ln_f = nn.LayerNorm(config.n_embd)
-        for name, module in self.named_modules():  # GPT-2's initialisation; hml.py has the memory's own
+        # GPT-2 starts at std 0.02, for its width of 768; kept in proportion to C^-0.5 [choice], narrow models
+        # learn to attend several times sooner. What writes to the residual stream starts smaller, the deeper it is.
+        std = 0.02 * (768 / config.n_embd) ** 0.5
+        for name, module in self.named_modules():  # hml.py has the memory's own
             if isinstance(module, nn.Linear | nn.Embedding):
-                residual = name.endswith("c_proj")  # writes to the residual stream: smaller, the deeper the stack
-                nn.init.normal_(module.weight, std=0.02 * ((2 * config.n_layer) ** -0.5 if residual else 1))
+                depth = (2 * config.n_layer) ** -0.5 if name.endswith("c_proj") else 1
+                nn.init.normal_(module.weight, std=std * depth)
             if isinstance(module, nn.Linear):
                 nn.init.zeros_(module.bias)
 
@@ -197,7 +200,9 @@ class GPT(nn.Module):
         return None, F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
 
     @torch.no_grad()
-    def generate(self, tokens: Tensor, max_new_tokens: int, temperature: float = 1.0, top_k: int | None = None) -> Tensor:
+    def generate(
+        self, tokens: Tensor, max_new_tokens: int, temperature: float = 1.0, top_k: int | None = None
+    ) -> Tensor:
         """Continues tokens (B, T >= 1) by max_new_tokens; returns both. temperature 0 always takes the likeliest.
 
         Keys and values are cached. When block_size is full the cache is dropped and the last half window read anew.
@@ -304,7 +309,7 @@ def load_checkpoint(path: str) -> tuple[GPT, dict]:
 def open_model(name_or_file: str, data_dir: str = "data") -> tuple[GPT, dict]:
     """A GPT-2 by name or as a .bin file in OpenAI's layout, or one of our checkpoints; with what goes with it."""
     if name_or_file in PRETRAINED or name_or_file.endswith(".bin"):
-        return GPT.from_pretrained(name_or_file, data_dir), {"tokenizer": "gpt2", "dataset": "wikitext103"}
+        return GPT.from_pretrained(name_or_file, data_dir), {"tokenizer": "gpt2"}
     return load_checkpoint(name_or_file)
 
 
@@ -324,12 +329,19 @@ def pick_device(name: str | None = None) -> torch.device:
     return torch.device(name or have[0])
 
 
+def has_bf16(device: torch.device) -> bool:
+    """Whether the hardware computes in bf16 (elsewhere it is emulated, slower than fp32)."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return device.type == "cpu" and getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)()
+
+
 def run_command(main) -> None:
     """Runs a script: bad input ends it with one sentence and status 2, a fault with 1, an interrupt with 130."""
     try:
         main()
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
+    except KeyboardInterrupt as error:
+        print(str(error) or "interrupted", file=sys.stderr)
         sys.exit(130)
     except (ValueError, OSError, ArithmeticError, torch.OutOfMemoryError) as error:
         print(f"error: {error}", file=sys.stderr)

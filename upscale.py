@@ -12,6 +12,7 @@ blocks are listed by index in the new stack, from 0. More methods: experiments/.
 """
 
 import argparse
+import math
 import os
 from dataclasses import replace
 
@@ -169,15 +170,36 @@ def summary(base: GPT, deeper: GPT) -> str:
     return f"stack  {stack}\nnew    {marks}\nbase   {before:,} parameters\nadded  {sum(added.values()):,} ({parts})"
 
 
+def count(text: str) -> int:
+    """A positive whole number that may be written as 2e6."""
+    try:
+        value = float(text)
+        if value >= 1 and value == int(value):
+            return int(value)
+    except (ValueError, OverflowError):
+        pass
+    raise argparse.ArgumentTypeError(f"{text} is not a positive whole number")
+
+
+def amount(text: str) -> float:
+    """A finite number that is not negative."""
+    try:
+        if 0 <= float(text) < math.inf:
+            return float(text)
+    except ValueError:
+        pass
+    raise argparse.ArgumentTypeError(f"{text} is not a number of at least 0")
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags of placement and memory, shared with train.py; what is not given stays None."""
     group = parser.add_argument_group("new blocks")
-    group.add_argument("--every", type=int, help="one new block per so many blocks (default 2)")
-    group.add_argument("--positions", type=int, nargs="+", help="new blocks right after these blocks, from 1")
-    group.add_argument("--n_new", type=int, help="number of new blocks, spread evenly")
-    group.add_argument("--n_keys", type=int, help="sub-keys per half; n_keys squared slots")
-    group.add_argument("--top_k", type=int, help="slots read per token and head")
-    group.add_argument("--d_latent", type=int, help="width of a row of the shared bank")
+    group.add_argument("--every", type=count, help="one new block per so many blocks (default 2)")
+    group.add_argument("--positions", type=count, nargs="+", help="new blocks right after these blocks, from 1")
+    group.add_argument("--n_new", type=count, help="number of new blocks, spread evenly")
+    group.add_argument("--n_keys", type=count, help="sub-keys per half; n_keys squared slots")
+    group.add_argument("--top_k", type=count, help="slots read per token and head")
+    group.add_argument("--d_latent", type=count, help="width of a row of the shared bank")
     group.add_argument("--query_norm", action="store_true", default=None, help="normalise queries (not in the paper)")
 
 

@@ -1,0 +1,174 @@
+"""The method: exact search, HIVE against its definition, how the layer starts, what it refuses."""
+
+import doctest
+import itertools
+
+import pytest
+import torch
+
+import hml
+from hml import HIVE, HeadwiseMemory, ProductKeys, product_key_topk
+
+
+def brute_force(row, col, k):
+    """Scores all n * n slots. row, col (..., n) -> the k best scores, and all scores (..., n * n)."""
+    every = (row[..., :, None] + col[..., None, :]).flatten(-2)
+    return every.topk(k, dim=-1).values, every
+
+
+@pytest.mark.parametrize("ties", [False, True])
+@pytest.mark.parametrize("seed", range(20))
+def test_topk_equals_brute_force(seed, ties):
+    generator = torch.Generator().manual_seed(seed)
+    n = int(torch.randint(1, 40, (), generator=generator))
+    k = int(torch.randint(1, n + 1, (), generator=generator))
+    row, col = torch.randn(2, 3, 5, n, generator=generator)
+    if ties:  # few distinct values: most pairs tie with others
+        row, col = (row * 2).round(), (col * 2).round()
+    scores, slots = product_key_topk(row, col, k)
+    best, every = brute_force(row, col, k)
+    assert slots.dtype == torch.int64 and slots.shape == (3, 5, k)
+    assert torch.equal(scores, best)
+    assert torch.equal(every.gather(-1, slots), scores)
+    assert all(len(set(s.tolist())) == k for s in slots.flatten(0, 1))  # no slot twice
+    if not ties:
+        assert torch.equal(slots, every.topk(k, dim=-1).indices)
+
+
+def test_candidate_pairs_are_the_published_counts():
+    for k, pairs in ((8, 20), (16, 50), (32, 119)):
+        assert len(hml.candidate_pairs(k, torch.device("cpu"))[0]) == pairs
+
+
+def test_topk_gradients_reach_both_halves():
+    row, col = torch.randn(2, 4, 9, dtype=torch.double).requires_grad_().unbind(0)
+    assert torch.autograd.gradcheck(lambda r, c: product_key_topk(r, c, 3)[0], (row, col))
+
+
+def test_topk_refuses():
+    with pytest.raises(ValueError, match="differ in shape"):
+        product_key_topk(torch.randn(2, 4), torch.randn(2, 5), 2)
+    for k in (0, 5):
+        with pytest.raises(ValueError, match="between 1 and the number of keys"):
+            product_key_topk(torch.randn(2, 4), torch.randn(2, 4), k)
+
+
+def test_search_works_inside_and_after_inference_mode():
+    with torch.inference_mode():
+        product_key_topk(torch.randn(2, 30), torch.randn(2, 30), 21)
+    row = torch.randn(2, 30, requires_grad=True)
+    product_key_topk(row, row, 21)[0].sum().backward()
+
+
+def test_keys_score_like_the_full_product_of_keys():
+    """Slot (i, j) of head h scores <query, [row key i | col key j]>."""
+    keys = ProductKeys(n_head=3, head_dim=8, n_keys=5, top_k=4)
+    query = torch.randn(2, 6, 3, 8)
+    weights, slots = keys(query)
+    rows, cols = keys.keys.detach()  # each (H, n, d_h/2)
+    full = torch.stack([torch.cat((rows[:, i], cols[:, j]), -1) for i, j in itertools.product(range(5), range(5))], 1)
+    scores = torch.einsum("bthd,hnd->bthn", query, full)
+    best = scores.topk(4, dim=-1)
+    assert torch.equal(slots, best.indices)
+    torch.testing.assert_close(weights, best.values.softmax(-1))
+
+
+def test_query_norm_makes_scale_and_offset_irrelevant():
+    keys = ProductKeys(2, 8, 6, 3, query_norm=True)
+    query = torch.randn(1, 4, 2, 8)
+    weights, slots = keys(query)
+    scaled, same = keys(query * 7 + 3)
+    assert torch.equal(slots, same)
+    torch.testing.assert_close(weights, scaled, atol=1e-4, rtol=1e-4)
+
+
+def test_fast_pool_equals_the_definition_forward_and_backward():
+    torch.manual_seed(0)
+    hive = HIVE(n_head=3, head_dim=4, n_slots=49, d_latent=5)
+    torch.nn.init.normal_(hive.bank)
+    slots = torch.randint(0, 49, (2, 6, 3, 7))  # repeated slots too
+    results = []
+    for pool in (hive.pool, hive.pool_fast):
+        weights = torch.rand(2, 6, 3, 7, generator=torch.Generator().manual_seed(1)).requires_grad_()
+        hive.bank.grad = None
+        z = pool(weights, slots)
+        (z * torch.arange(5.0)).sum().backward()
+        results.append((z.detach(), weights.grad, hive.bank.grad))
+    for slow, fast in zip(*results):
+        torch.testing.assert_close(fast, slow)
+
+
+def test_hive_equals_a_value_table_per_head():
+    torch.manual_seed(0)
+    hive = HIVE(n_head=3, head_dim=4, n_slots=16, d_latent=5)
+    torch.nn.init.normal_(hive.bank)
+    slots, weights = torch.randint(0, 16, (2, 6, 3, 7)), torch.rand(2, 6, 3, 7)
+    tables = torch.einsum("nv,hvd->hnd", hive.bank, hive.proj)  # what HIVE never builds
+    values = tables[torch.arange(3)[:, None], slots]  # (B, T, H, k, d_h)
+    torch.testing.assert_close(hive(weights, slots), (weights[..., None] * values).sum(-2))
+
+
+def test_layer_starts_at_zero_and_gradients_come_in_the_documented_order():
+    torch.manual_seed(0)
+    memory = HeadwiseMemory(n_head=2, head_dim=8, n_keys=6, top_k=3, d_latent=4)
+    heads = torch.randn(2, 5, 2, 8, requires_grad=True)
+    target = torch.randn(2, 5, 16)
+
+    def gradients():
+        for tensor in (heads, *memory.parameters()):
+            tensor.grad = None
+        ((memory(heads) - target) ** 2).sum().backward()
+        tensors = {"query": heads, **dict(memory.named_parameters())}
+        return {name for name, tensor in tensors.items() if tensor.grad is not None and tensor.grad.abs().sum() > 0}
+
+    assert torch.equal(memory(heads), torch.zeros(2, 5, 16))
+    assert gradients() == {"hive.bank"}
+    read = set(memory.read(heads)[1].flatten().tolist())
+    assert {i for i, g in enumerate(memory.hive.bank.grad) if g.abs().sum() > 0} <= read
+    torch.optim.SGD(memory.parameters(), 0.1).step()
+    assert gradients() == {"query", "hive.bank", "hive.proj", "product_keys.keys"}
+
+
+def test_heads_do_not_see_each_other():
+    memory = HeadwiseMemory(2, 8, 6, 3, 4)
+    torch.nn.init.normal_(memory.hive.bank)
+    heads = torch.randn(1, 1, 2, 8)
+    changed = heads.clone()
+    changed[:, :, 1] += 1
+    before, after = memory(heads), memory(changed)
+    assert torch.equal(before[..., :8], after[..., :8]) and not torch.equal(before[..., 8:], after[..., 8:])
+
+
+def test_bf16_model_and_autocast_search_in_fp32():
+    memory = HeadwiseMemory(2, 8, 6, 3, 4)
+    torch.nn.init.normal_(memory.hive.bank)
+    heads = torch.randn(2, 5, 2, 8)
+    with torch.autocast("cpu", torch.bfloat16):
+        weights, slots = memory.read(heads)
+        assert weights.dtype == torch.float32 and memory(heads).dtype == torch.bfloat16
+    assert torch.equal(slots, memory.read(heads)[1])
+    assert memory.bfloat16()(heads.bfloat16()).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize(
+    "change, sentence",
+    [
+        ({"top_k": 7}, "top_k must be at most n_keys, 6"),
+        ({"top_k": 1}, "top_k must be at least 2"),
+        ({"head_dim": 7}, "the head width must be even, not 7"),
+        ({"n_keys": 0}, "must be at least 1"),
+    ],
+)
+def test_layer_refuses(change, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        HeadwiseMemory(**{"n_head": 2, "head_dim": 8, "n_keys": 6, "top_k": 3, "d_latent": 4, **change})
+
+
+@pytest.mark.parametrize("shape", [(2, 5, 16), (2, 5, 8, 2), (5, 2, 8)])
+def test_layer_refuses_a_shape_that_does_not_fit(shape):
+    with pytest.raises(ValueError, match=r"takes head outputs of shape \(B, T, 2, 8\)"):
+        HeadwiseMemory(2, 8, 6, 3, 4)(torch.randn(shape))
+
+
+def test_docstring_examples():
+    assert doctest.testmod(hml).failed == 0

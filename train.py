@@ -1,0 +1,400 @@
+"""
+One run: from a base GPT to an up-scaled, further trained checkpoint.
+
+    python train.py --upscale midus                          a tiny base is trained first; needs no download
+    python train.py --upscale midus --dataset wikitext103    GPT-2 124M on WikiText-103, one GPU
+    python train.py --resume                                 go on with ckpt.pt after an interrupt
+
+The base is the model before the new blocks: GPT-2 by name, one of your checkpoints, or `scratch`. A base from scratch
+is a run of this very script with --upscale none, kept under the data folder and found again by its settings.
+
+In order: settings and their defaults, the optimizer, the training loop, one run, the command. Shape names: see hml.py.
+"""
+
+import argparse
+import hashlib
+import json
+import math
+import os
+import signal
+import time
+from contextlib import contextmanager
+
+import torch
+from tqdm import tqdm
+
+from data import DATASETS, Split, get_batch, load_dataset, vocab_size, writable
+from eval import peak_memory, sum_nll
+from model import GPT, PRETRAINED, GPTConfig, has_bf16, load_checkpoint, open_model, pick_device
+from model import run_command, save_checkpoint
+from upscale import METHODS, add_arguments, amount, count, set_trainable, summary, upscale
+
+# ---------------------------------------------------------------------------------------------------------------
+# Settings: what the flags leave open is filled in from the size of the model, and printed
+
+MEMORY = ("n_keys", "top_k", "d_latent", "query_norm")
+PLACEMENT = ("every", "positions", "n_new")
+SHAPE = ("n_layer", "n_head", "n_embd")
+PRESETS = {  # base_*: the run that trains a base from scratch; tokens None: one epoch
+    "tiny": dict(n_layer=4, n_head=4, n_embd=128, block_size=64, batch_size=16, grad_accum=1, base_lr=3e-3, lr=2e-3,
+                 memory_lr=1e-2, base_tokens=1_600_000, tokens=800_000, n_keys=32, top_k=8, d_latent=32),
+    "small": dict(n_layer=6, n_head=4, n_embd=256, block_size=256, batch_size=16, grad_accum=1, base_lr=2e-3, lr=1e-3,
+                  memory_lr=1e-2, base_tokens=1_600_000, tokens=800_000, n_keys=64, top_k=8, d_latent=64),
+    "gpt2": dict(block_size=1024, batch_size=32, grad_accum=8, lr=2e-4, memory_lr=1e-3, tokens=None,
+                 n_keys=128, top_k=16, d_latent=64),
+}  # fmt: skip
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="Train a GPT, or up-scale one and go on training it.")
+    group = parser.add_argument_group("what")
+    group.add_argument("--upscale", choices=("none", *METHODS), help="how the base becomes deeper (default none)")
+    group.add_argument("--dataset", choices=DATASETS, help="(default: the base's own, or pydocs)")
+    group.add_argument("--data_dir", help="folder for data, caches and the tiny base (default ./data)")
+    group.add_argument("--tokenizer", help="gpt2, gpt2:N or bytes (default: the base's; for scratch: by dataset)")
+    group.add_argument("--base", help="scratch, a checkpoint, a .bin file, gpt2, ... (pydocs: scratch, else gpt2)")
+    group.add_argument("--train", choices=("new", "all"), help="what learns (midus, llama-pro: new, else all)")
+    add_arguments(parser)
+    group = parser.add_argument_group("a base from scratch")
+    group.add_argument("--n_layer", type=count, help="transformer blocks")
+    group.add_argument("--n_head", type=count, help="attention heads")
+    group.add_argument("--n_embd", type=count, help="width; a multiple of n_head")
+    group.add_argument("--base_tokens", type=count, help="training tokens of the base, before it is up-scaled")
+    group = parser.add_argument_group("training")
+    group.add_argument("--block_size", type=count, help="tokens in a sequence")
+    group.add_argument("--tokens", type=count, help="training tokens of the up-scaled phase, or of the only one")
+    group.add_argument("--batch_size", type=count, help="sequences per optimizer step")
+    group.add_argument("--grad_accum", type=count, help="parts a step's batch is cut in, to save memory")
+    group.add_argument("--lr", type=amount, help="peak learning rate")
+    group.add_argument("--memory_lr", type=amount, help="peak learning rate of the memory banks")
+    group.add_argument("--weight_decay", type=amount, help="of matrices; never of banks (default 0.1)")
+    group.add_argument("--warmup", type=amount, help="steps of rising learning rate (default 5%% of the steps)")
+    group.add_argument("--eval_every", type=count, help="steps between validations (default 10%% of the steps)")
+    group.add_argument("--save_every", type=count, help="steps between checkpoints (default 10%% of the steps)")
+    group.add_argument("--seed", type=int, help="of new weights and the order of the data (default 0)")
+    group = parser.add_argument_group("machine")
+    group.add_argument("--device", help="cpu, cuda or mps (default: the best there is)")
+    group.add_argument("--dtype", choices=("float32", "bfloat16"), help="of autocast (default: bfloat16 where fast)")
+    group.add_argument("--compile", action="store_true", default=None, help="torch.compile the model")
+    group = parser.add_argument_group("files")
+    group.add_argument("--out", default="ckpt.pt", help="the checkpoint; losses go beside it (default ckpt.pt)")
+    group.add_argument("--resume", action="store_true", help="go on with --out, with the settings it was begun with")
+    group.add_argument("--overwrite", action="store_true", help="start anew although --out exists")
+    return parser.parse_args()
+
+
+def settle(args: argparse.Namespace, device: torch.device) -> tuple[dict, GPT | None]:
+    """Every setting of the run, as plain types, and the base if it was a file.
+
+    Nothing long happens here, and whatever can be refused is refused here: ValueError, one sentence.
+    """
+    given = {name: value for name, value in vars(args).items() if value is not None}
+    method = given.get("upscale", "none")
+    name = given.get("base", "scratch" if given.get("dataset", "pydocs") == "pydocs" else "gpt2")
+    base, info = open_model(name) if name != "scratch" and name not in PRETRAINED else (None, {})
+    dataset = given.get("dataset", info.get("dataset", "pydocs"))
+    info = {"tokenizer": "gpt2"} if name in PRETRAINED else info
+    width = base.config.n_embd if base else 768 if name in PRETRAINED else 128 if dataset == "pydocs" else 256
+    preset = "tiny" if width <= 128 else "small" if width <= 512 else "gpt2"
+
+    for names, fits, sentence in (
+        ((*SHAPE, "base_tokens"), name == "scratch", f"this run has --base {name}, not scratch"),
+        (("base_tokens",), method != "none", "only with --upscale; for a base alone say --tokens"),
+        (PLACEMENT, method != "none", "only with --upscale; this run inserts no blocks"),
+        (MEMORY, method == "midus", f"only with --upscale midus; {method} inserts no memory blocks"),
+    ):
+        if not fits and any(n in given for n in names):
+            raise ValueError(f"{', '.join(f'--{n}' for n in names if n in given)}: {sentence}")
+    settings = PRESETS[preset] | {
+        "upscale": method, "dataset": dataset, "base": name, "weight_decay": 0.1, "seed": 0, "compile": False,
+        "tokenizer": info.get("tokenizer", "bytes" if dataset == "pydocs" else "gpt2"),
+        "train": "new" if method in ("midus", "llama-pro") else "all",
+        "dtype": "bfloat16" if has_bf16(device) else "float32",
+        **{n: value for n, value in given.items() if n not in ("out", "resume", "overwrite", "device")},
+        "data_dir": os.path.abspath(given.get("data_dir", info.get("data_dir", "data"))),
+    }  # fmt: skip
+    if name == "scratch" and method == "none":
+        settings["lr"] = given.get("lr", settings["base_lr"])
+    unused = (() if method == "midus" else MEMORY) + (() if name == "scratch" else (*SHAPE, "base_tokens", "base_lr"))
+    settings = {n: value for n, value in settings.items() if n not in unused}
+
+    if settings["tokenizer"] != info.get("tokenizer", settings["tokenizer"]):
+        raise ValueError(f"--tokenizer {settings['tokenizer']}: the base was trained with {info['tokenizer']}")
+    if settings["batch_size"] % settings["grad_accum"]:
+        raise ValueError(f"--grad_accum must divide the batch of {settings['batch_size']} sequences")
+    if settings["dtype"] == "bfloat16" and device.type != "cpu" and not has_bf16(device):
+        raise ValueError(f"--dtype bfloat16: {device} does not have it; use --dtype float32")
+    config = base.config if base else PRETRAINED.get(name) or scratch_config(settings)
+    if settings["block_size"] > config.block_size:
+        raise ValueError(f"--block_size {settings['block_size']} is more than the base's {config.block_size} positions")
+    if vocab_size(settings["tokenizer"]) > config.vocab_size:
+        raise ValueError(f"--tokenizer {settings['tokenizer']} has more tokens than the base, {config.vocab_size}")
+    with torch.device("meta"):  # shapes without memory: everything that upscale and the blocks would refuse
+        model = GPT(config)
+        set_trainable(model if method == "none" else deepen(model, settings), settings["train"])
+    return settings, base
+
+
+def scratch_config(s: dict) -> GPTConfig:
+    return GPTConfig(s["n_layer"], s["n_head"], s["n_embd"], s["block_size"], vocab_size(s["tokenizer"]))
+
+
+def deepen(base: GPT, s: dict) -> GPT:
+    return upscale(base, s["upscale"], **{name: s[name] for name in (*PLACEMENT, *MEMORY) if name in s})
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Optimizer
+
+
+def make_optimizer(model: GPT, lr: float, memory_lr: float, weight_decay: float) -> torch.optim.AdamW:
+    """AdamW over every trainable parameter, each in one group: matrices, vectors (biases, norms), banks.
+
+    Banks get no weight decay, since AdamW would shrink rows nobody read, and a learning rate of their own: a row
+    is read seldom, so it has few steps to learn in [Lample et al. 2019 and later memory layers: 1e-3].
+    """
+    groups = {"matrices": [], "vectors": [], "banks": []}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            kind = "banks" if name.endswith("hive.bank") else "matrices" if parameter.dim() >= 2 else "vectors"
+            groups[kind].append(parameter)
+    options = {"matrices": (lr, weight_decay), "vectors": (lr, 0.0), "banks": (memory_lr, 0.0)}
+    return torch.optim.AdamW(
+        [
+            {"params": groups[kind], "name": kind, "lr": rate, "peak_lr": rate, "weight_decay": decay}
+            for kind, (rate, decay) in options.items()
+            if groups[kind]
+        ],
+        betas=(0.9, 0.95),
+        fused=model.wte.weight.device.type in ("cpu", "cuda"),
+    )
+
+
+def schedule(step: int, warmup: int, steps: int) -> float:
+    """Share of the peak learning rate at a step, from 0: linear rise, then half a cosine down to a tenth."""
+    if step < warmup:
+        return (step + 1) / (warmup + 1)
+    return 0.1 + 0.45 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Training
+
+
+@contextmanager
+def graceful_stop():
+    """Yields a list that Ctrl-C or SIGTERM puts an entry in, so that the step can end; a second one stops at once."""
+    stop = []
+
+    def handler(signum, frame):
+        if stop:
+            raise KeyboardInterrupt
+        stop.append(signum)
+        tqdm.write("stopping after this step; once more stops at once, without saving")
+
+    old = {number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield stop
+    finally:
+        for number, previous in old.items():
+            signal.signal(number, previous)
+
+
+def train_step(model, optimizer, batch, device, dtype, grad_accum: int) -> float:
+    """One optimizer step on inputs and targets (B, T), cut in grad_accum parts; the mean loss before it, in nats."""
+    total = 0.0
+    for x, y in zip(*(part.chunk(grad_accum) for part in batch)):
+        with torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
+            loss = model(x.to(device), y.to(device))[1] / grad_accum
+        loss.backward()
+        total += loss.detach()
+    kinds = {True: [], False: []}  # banks are clipped apart: neither kind's gradients shall scale the other's down
+    for group in optimizer.param_groups:
+        kinds[group["name"] == "banks"] += group["params"]
+    norms = [torch.nn.utils.clip_grad_norm_(parameters, 1.0) for parameters in kinds.values() if parameters]
+    if not math.isfinite((total + sum(norms)).item()):
+        raise FloatingPointError("the loss or a gradient became NaN or infinite; try a lower --lr or --memory_lr")
+    optimizer.step()
+    optimizer.zero_grad()
+    return total.item()
+
+
+def step_seconds(model: GPT, train: Split, s: dict, device: torch.device) -> float:
+    """Seconds one optimizer step will take, roughly, from a trial of one part of its batch."""
+    for _ in range(2):  # a first call is slow; but if it takes long, what was slow about it does not matter
+        start = time.perf_counter()
+        x, y = get_batch(train.tokens, 0, s["batch_size"] // s["grad_accum"], s["block_size"], s["seed"])
+        with torch.autocast(device.type, dtype=getattr(torch, s["dtype"]), enabled=s["dtype"] != "float32"):
+            loss = model(x.to(device), y.to(device))[1]
+        loss.backward()
+        loss.item()  # waits for a GPU
+        if (seconds := time.perf_counter() - start) > 5:
+            break
+    model.zero_grad()
+    return seconds * s["grad_accum"]
+
+
+def fit(model: GPT, data: dict[str, Split], s: dict, state: dict, out: str, device: torch.device) -> None:
+    """Trains model in place from state["step"] to the end; keeps out, and a log of losses beside it, up to date.
+
+    state: step, history (a dict per step), rows (of the closing table), seconds spent in training; once saved, also
+    the optimizer. No random numbers are drawn here and batch i depends on i and the seed alone, so this is all that
+    a bit-equal resume needs. Raises KeyboardInterrupt after an interrupt, FloatingPointError if the loss is NaN.
+    """
+    optimizer = make_optimizer(model, s["lr"], s["memory_lr"], s["weight_decay"])
+    if "optimizer" in state:
+        optimizer.load_state_dict(state["optimizer"])
+    dtype, step_tokens = getattr(torch, s["dtype"]), s["batch_size"] * s["block_size"]
+    train, some = data["train"].tokens, data["valid"].tokens[: 64 * s["block_size"] + 1]
+    compiled = torch.compile(model) if s["compile"] else model
+    with open(f"{os.path.splitext(out)[0]}.jsonl", "w") as log, graceful_stop() as stop:
+        log.writelines(json.dumps(entry) + "\n" for entry in state["history"])
+        bar = tqdm(total=s["steps"], initial=state["step"], unit="step", disable=None)
+        while state["step"] < s["steps"]:
+            start = time.perf_counter()
+            for group in optimizer.param_groups:
+                group["lr"] = group["peak_lr"] * schedule(state["step"], s["warmup"], s["steps"])
+            batch = get_batch(train, state["step"], s["batch_size"], s["block_size"], s["seed"])
+            loss = train_step(compiled, optimizer, batch, device, dtype, s["grad_accum"])
+            state["step"] += 1
+            state["seconds"] += time.perf_counter() - start
+            entry = {"step": state["step"], "loss": loss}
+            if state["step"] % s["eval_every"] == 0:
+                nll, tokens = sum_nll(model, some)
+                entry["valid_loss"] = nll / tokens
+                rate = state["step"] * step_tokens / state["seconds"]
+                tqdm.write(f"step {state['step']}/{s['steps']}  loss {loss:.3f}  validation perplexity "
+                           f"{math.exp(nll / tokens):.2f} on {tokens:,} tokens  {rate:,.0f} tokens/s")  # fmt: skip
+            state["history"].append(entry)
+            log.write(json.dumps(entry) + "\n")
+            bar.update()
+            if stop or state["step"] % s["save_every"] == 0 or state["step"] == s["steps"]:
+                state["optimizer"] = optimizer.state_dict()
+                about = {name: s[name] for name in ("tokenizer", "dataset", "data_dir")}
+                save_checkpoint(out, model, method=s["upscale"], settings=s, **about, **state)
+                log.flush()
+            if stop:
+                raise KeyboardInterrupt(f"interrupted; {out} is saved at step {state['step']} of {s['steps']}")
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# One run
+
+
+def row(label: str, model: GPT, valid: Split, state: dict | None = None, s: dict | None = None) -> dict:
+    """A row of the closing table; with state and settings also what the training cost."""
+    size = {name: sum(p.numel() for p in params) for name, params in (
+        ("parameters", model.parameters()),
+        ("added", (p for i in model.config.new for p in model.h[i].parameters())),
+        ("trained", (p for p in model.parameters() if p.requires_grad)),
+    )}  # fmt: skip
+    nll, tokens = sum_nll(model, valid.tokens, desc=f"validating {label}")
+    done = {"label": label, **size, "perplexity": math.exp(nll / tokens)}
+    if state:
+        done["rate"] = state["step"] * s["batch_size"] * s["block_size"] / state["seconds"]
+        done["memory"] = peak_memory(model.wte.weight.device)
+    return done
+
+
+def print_table(rows: list[dict], valid: Split) -> None:
+    print(f"\nperplexity: token-level, validation split, {len(valid.tokens) - 1:,} tokens")
+    line = "{:20}{:>14}{:>12}{:>14}{:>12}{:>10}{:>13}".format
+    print(line("", "parameters", "added", "trained", "perplexity", "tokens/s", "peak memory"))
+    for r in rows:
+        cost = (f"{r['rate']:,.0f}", f"{r['memory'] / 2**20:,.0f} MiB") if "rate" in r else ("-", "-")
+        counts = (f"{r[name]:,}" for name in ("parameters", "added", "trained"))
+        print(line(r["label"], *counts, f"{r['perplexity']:.4f}", *cost))
+
+
+def scratch_base(s: dict, data: dict[str, Split], device: torch.device) -> GPT:
+    """The base trained from scratch: a run of its own, kept under the data folder by a hash of all that shapes it."""
+    names = ("dataset", "tokenizer", "block_size", "batch_size", "grad_accum", "memory_lr", "weight_decay", "seed",
+             "dtype", *SHAPE)  # fmt: skip
+    own = {name: s[name] for name in names} | {"upscale": "none", "base": "scratch", "train": "all"}
+    own |= {"tokens": s["base_tokens"], "lr": s["base_lr"]}
+    source = os.path.basename(data["train"].tokens.filename)  # its name holds a hash of text and tokenizer
+    key = hashlib.sha256(json.dumps([own, source], sort_keys=True).encode()).hexdigest()[:12]
+    path = os.path.join(writable(s["data_dir"]), f"base-{key}.pt")
+    if os.path.exists(path):
+        model, state = load_checkpoint(path)
+        own = state.pop("settings")
+        if state["step"] == own["steps"]:
+            print(f"base: {path}, trained earlier")
+            return model.to(device)
+        print(f"base: going on with {path}")
+    else:
+        print(f"base: none yet; training one, kept as {path}")
+        own |= {"data_dir": s["data_dir"], "compile": s["compile"]}
+        model, state = begin(own, data, device)
+    run(own, path, data, device, model, state)
+    return model
+
+
+def begin(s: dict, data: dict[str, Split], device: torch.device, base: GPT | None = None) -> tuple[GPT, dict]:
+    """The model a new run starts with, and the state that fit() carries on. Completes the settings s in place."""
+    s["tokens"] = s["tokens"] or len(data["train"].tokens)
+    s["steps"] = max(1, s["tokens"] // (s["batch_size"] * s["block_size"]))
+    for name, parts in (("warmup", 20), ("eval_every", 10), ("save_every", 10)):
+        s.setdefault(name, max(1, s["steps"] // parts))
+    state = {"step": 0, "history": [], "rows": [], "seconds": 0.0}
+    if base is None and s["base"] != "scratch":
+        base = GPT.from_pretrained(s["base"], writable(s["data_dir"]))
+    elif base is None and s["upscale"] != "none":
+        base = scratch_base(s, data, device)
+    torch.manual_seed(s["seed"])
+    if s["upscale"] == "none":
+        return base or GPT(scratch_config(s)), state
+    state["rows"].append(row("base", base.to(device).requires_grad_(False), data["valid"]))
+    model = deepen(base, s)
+    print(summary(base, model))
+    return model, state
+
+
+def run(s: dict, out: str, data: dict[str, Split], device: torch.device, model: GPT, state: dict) -> None:
+    """Trains model from state to the end of the run, and prints what it does before and the table after."""
+    label = "training" if s["upscale"] == "none" else s["upscale"]
+    set_trainable(model.to(device), s["train"])
+    if state["step"] == 0:
+        state["rows"].append(row(f"{label}, start", model, data["valid"]))
+    start = state["rows"][-1]
+    print(f"training {start['trained']:,} of {start['parameters']:,} parameters on {device}, {s['dtype']}: "
+          f"{s['tokens']:,} tokens of {s['dataset']} ({s['tokenizer']}), steps {state['step']} to {s['steps']}, "
+          f"writing {out}")  # fmt: skip
+    minutes = (s["steps"] - state["step"]) * step_seconds(model, data["train"], s, device) / 60
+    print(f"this will take about {minutes:,.1f} min, validation not counted")
+    fit(model, data, s, state, out, device)
+    print_table([*state["rows"], row(f"{label}, end", model, data["valid"], state, s)], data["valid"])
+
+
+def main() -> None:
+    args = parse_arguments()
+    device, base = pick_device(args.device), None
+    if not os.path.isdir(os.path.dirname(args.out) or "."):
+        raise ValueError(f"--out {args.out}: there is no such folder")
+    if args.resume:
+        model, state = load_checkpoint(args.out)
+        s = state.pop("settings", {})
+        if "step" not in state:
+            raise ValueError(f"{args.out} was not written by train.py; name it as --base to train it")
+        for name, value in vars(args).items():
+            free = name in ("data_dir", "device", "out", "resume", "overwrite")
+            if not free and value is not None and value != s.get(name):
+                raise ValueError(f"--{name} contradicts {args.out}, begun with {s.get(name, 'none')}; drop the flag")
+        s["data_dir"] = os.path.abspath(args.data_dir or s["data_dir"])
+    else:
+        if os.path.exists(args.out) and not args.overwrite:
+            raise ValueError(f"{args.out} exists; add --resume to go on with it, --overwrite to replace it, or --out")
+        s, base = settle(args, device)
+    print("settings:", ", ".join(f"{name} {value}" for name, value in s.items()))
+    if device.type == "cuda":
+        torch.set_float32_matmul_precision("high")  # TF32 where autocast leaves fp32
+    data = load_dataset(s["dataset"], s["tokenizer"], s["data_dir"], ("train", "valid"))
+    get_batch(data["train"].tokens, 0, 1, s["block_size"], 0)  # refuses a split that is too short
+    if not args.resume:
+        model, state = begin(s, data, device, base)
+    del base  # up-scaling copied it
+    run(s, args.out, data, device, model, state)
+
+
+if __name__ == "__main__":
+    run_command(main)
