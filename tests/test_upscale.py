@@ -1,0 +1,164 @@
+"""Up-scaling: placement, identity to the last bit, freezing, recipes."""
+
+import copy
+import doctest
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import upscale as module
+from model import GPT, GPTConfig, MemoryBlock, load_checkpoint, save_checkpoint
+from upscale import METHODS, identity_gap, overlap, place, set_trainable, summary, upscale
+
+SMALL = dict(n_keys=6, top_k=3, d_latent=4)
+
+
+def make_base(n_layer=6):
+    """A base whose biases and norms are not at their start, as a trained model's are not."""
+    torch.manual_seed(0)
+    base = GPT(GPTConfig(n_layer, 2, 16, block_size=12, vocab_size=50))
+    for parameter in base.parameters():
+        parameter.data += 0.1 * torch.randn_like(parameter)
+    return base
+
+
+@pytest.fixture
+def base():
+    return make_base()
+
+
+def options(method):
+    return SMALL if method == "midus" else {}
+
+
+@pytest.mark.parametrize("method", ["midus", "llama-pro"])
+@pytest.mark.parametrize("placement", [{}, {"every": 3}, {"n_new": 4}, {"positions": [6, 1]}])
+def test_identity_is_bitwise_in_fp32_and_bf16(base, method, placement):
+    before = copy.deepcopy(base.state_dict())
+    deeper = upscale(base, method, **placement, **options(method))
+    tokens = torch.randint(0, 50, (4, 12))
+    with torch.no_grad():
+        assert torch.equal(base(tokens)[0], deeper(tokens)[0])
+        assert identity_gap(base, deeper, tokens, torch.float32) == 0
+        assert identity_gap(base, deeper, tokens, torch.bfloat16) == 0  # by autocast
+        half = copy.deepcopy(base).bfloat16()  # and with bf16 weights
+        assert torch.equal(half(tokens)[0], upscale(half, method, **placement, **options(method))(tokens)[0])
+    assert all(torch.equal(before[name], tensor) for name, tensor in base.state_dict().items())
+
+
+def test_solar_is_no_identity_and_follows_its_recipe(base):
+    deeper = upscale(base, "solar", n_new=2)
+    assert identity_gap(base, deeper, torch.randint(0, 50, (4, 12)), torch.float32) > 0
+    sources = [0, 1, 2, 3, 2, 3, 4, 5]  # m1 = m2 = 2 of 6 blocks cut at the seam
+    for block, source in zip(deeper.h, sources, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(block.state_dict().values(), base.h[source].state_dict().values()))
+    assert deeper.config.new == (4, 5)
+    assert overlap(32, 16) == ([*range(24), *range(8, 32)], list(range(24, 40)))  # as published: 32 -> 48
+    assert overlap(6, 3)[0] == [0, 1, 2, 3, 4, 2, 3, 4, 5]  # m1 = 1, m2 = 2
+    assert overlap(4, 4) == ([0, 1, 2, 3, 0, 1, 2, 3], [4, 5, 6, 7])
+
+
+def test_midus_copies_norm_and_qkv_of_the_block_before(base):
+    deeper = upscale(base, "midus", **SMALL)
+    assert deeper.config.blocks == "TMTTMTTMT" and deeper.config.new == (1, 4, 7) and deeper.config.n_layer == 9
+    for i in deeper.config.new:
+        assert isinstance(deeper.h[i], MemoryBlock)
+        for part in ("ln_1", "attn.c_attn"):
+            mine, source = deeper.h[i].get_submodule(part), deeper.h[i - 1].get_submodule(part)
+            assert torch.equal(mine.weight, source.weight) and torch.equal(mine.bias, source.bias)
+            assert mine.weight.data_ptr() != source.weight.data_ptr()
+
+
+def test_every_new_part_gets_a_gradient_from_step_one(base):
+    deeper = upscale(base, "midus", positions=[2], **SMALL)
+    set_trainable(deeper, "new")
+    tokens = torch.randint(0, 50, (8, 12))
+    optimizer = torch.optim.SGD([p for p in deeper.parameters() if p.requires_grad], 0.5)
+    moved = []
+    for _ in range(2):
+        optimizer.zero_grad()
+        deeper(tokens, tokens)[1].backward()
+        moved.append({n for n, p in deeper.named_parameters() if p.grad is not None and p.grad.abs().sum() > 0})
+        optimizer.step()
+    assert moved[0] == {"h.2.memory.hive.bank"}
+    assert moved[1] == {name for name, _ in deeper.named_parameters() if name.startswith("h.2.")}
+
+
+def test_place_for_any_depth():
+    for n_layer in range(1, 14):
+        for middle in (True, False):
+            for n_new in range(1, n_layer + 1):
+                positions = place(n_layer, middle, n_new=n_new)
+                assert len(positions) == n_new == len(set(positions)) and positions == sorted(positions)
+                assert all(1 <= p <= n_layer for p in positions)
+            for every in range(1, n_layer + 1):
+                assert len(place(n_layer, middle, every=every)) == n_layer // every
+    assert place(32, False, every=4) == list(range(4, 33, 4))  # LLaMA Pro as published
+    assert place(16, True) == list(range(1, 16, 2))  # MIDUS on Llama-3.2-1B: 8 memory blocks
+
+
+@pytest.mark.parametrize(
+    "method, arguments, sentence",
+    [
+        ("midus", {"positions": [0]}, "between 1 and 6"),
+        ("midus", {"positions": [7]}, "between 1 and 6"),
+        ("midus", {"positions": []}, "between 1 and 6"),
+        ("llama-pro", {"positions": [2, 2]}, "positions repeat"),
+        ("midus", {"positions": [1], "n_new": 1}, "not both"),
+        ("midus", {"n_new": 7}, "n_new must lie between 1 and 6"),
+        ("midus", {"every": 7}, "every must lie between 1 and 6"),
+        ("solar", {"n_new": 0}, "n_new must lie between 1 and 6"),
+        ("solar", {"positions": [3]}, "solar has one seam"),
+        ("solar", {"every": 3}, "solar has one seam"),
+        ("solar", {"n_keys": 4}, "takes no n_keys"),
+        ("midus", {"n_keys": 4, "top_k": 5}, "top_k must be at most n_keys"),
+        ("copy", {}, "method must be one of midus, llama-pro, solar"),
+    ],
+)
+def test_upscale_refuses(base, method, arguments, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        upscale(base, method, **arguments)
+
+
+def test_a_model_with_memory_is_refused(base):
+    with pytest.raises(ValueError, match="already has memory blocks"):
+        upscale(upscale(base, "midus", **SMALL), "midus")
+
+
+def test_freezing(base):
+    deeper = upscale(base, "llama-pro")
+    set_trainable(deeper, "new")
+    assert {i for i, block in enumerate(deeper.h) if all(p.requires_grad for p in block.parameters())} == {2, 5, 8}
+    assert not any(p.requires_grad for n, p in deeper.named_parameters() if not n.startswith(("h.2.", "h.5.", "h.8.")))
+    set_trainable(deeper, "all")
+    assert all(p.requires_grad for p in deeper.parameters())
+    with pytest.raises(ValueError, match="needs inserted blocks"):
+        set_trainable(base, "new")
+
+
+def test_the_command(base, tmp_path, root):
+    config = base.config
+    from dataclasses import replace
+
+    torch.manual_seed(0)
+    base = GPT(replace(config, vocab_size=257))
+    save_checkpoint(str(tmp_path / "base.pt"), base, tokenizer="bytes", dataset="pydocs")
+    run = [sys.executable, str(root / "upscale.py"), "base.pt"]
+    for method in METHODS:
+        result = subprocess.run(
+            [*run, "--method", method, "--out", f"{method}.pt"], cwd=tmp_path, capture_output=True, text=True
+        )
+        assert result.returncode == 0, result.stderr
+        gaps = [line.split()[-1] for line in result.stdout.splitlines() if "largest difference" in line]
+        assert len(gaps) == 2 and (gaps == ["0", "0"]) == (method != "solar")
+        deeper, info = load_checkpoint(str(tmp_path / f"{method}.pt"))
+        assert info["method"] == method and info["tokenizer"] == "bytes" and deeper.config.new
+    assert "stack  T M T T M T T M T" in summary(base, upscale(base, "midus", **SMALL))
+    again = subprocess.run([*run, "--out", "midus.pt"], cwd=tmp_path, capture_output=True, text=True)
+    assert again.returncode == 2 and again.stderr.startswith("error: midus.pt exists") and len(again.stderr) < 200
+
+
+def test_docstring_examples():
+    assert doctest.testmod(module).failed == 0
