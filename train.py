@@ -94,7 +94,8 @@ def settle(args: argparse.Namespace, device: torch.device) -> tuple[dict, GPT | 
     base, info = open_model(name) if name != "scratch" and name not in PRETRAINED else (None, {})
     dataset = given.get("dataset", info.get("dataset", "pydocs"))
     info = {"tokenizer": "gpt2"} if name in PRETRAINED else info
-    width = base.config.n_embd if base else 768 if name in PRETRAINED else 128 if dataset == "pydocs" else 256
+    fixed = base.config if base else PRETRAINED.get(name)
+    width = fixed.n_embd if fixed else 128 if dataset == "pydocs" else 256
     preset = "tiny" if width <= 128 else "small" if width <= 512 else "gpt2"
 
     for names, fits, sentence in (
@@ -105,7 +106,7 @@ def settle(args: argparse.Namespace, device: torch.device) -> tuple[dict, GPT | 
     ):
         if not fits and any(n in given for n in names):
             raise ValueError(f"{', '.join(f'--{n}' for n in names if n in given)}: {sentence}")
-    settings = PRESETS[preset] | {
+    settings = PRESETS[preset] | ({"block_size": fixed.block_size} if fixed else {}) | {
         "upscale": method, "dataset": dataset, "base": name, "weight_decay": 0.1, "seed": 0, "compile": False,
         "tokenizer": info.get("tokenizer", "bytes" if dataset == "pydocs" else "gpt2"),
         "train": "new" if method in ("midus", "llama-pro") else "all",
@@ -124,7 +125,7 @@ def settle(args: argparse.Namespace, device: torch.device) -> tuple[dict, GPT | 
         raise ValueError(f"--grad_accum must divide the batch of {settings['batch_size']} sequences")
     if settings["dtype"] == "bfloat16" and device.type != "cpu" and not has_bf16(device):
         raise ValueError(f"--dtype bfloat16: {device} does not have it; use --dtype float32")
-    config = base.config if base else PRETRAINED.get(name) or scratch_config(settings)
+    config = fixed or scratch_config(settings)
     if settings["block_size"] > config.block_size:
         raise ValueError(f"--block_size {settings['block_size']} is more than the base's {config.block_size} positions")
     if vocab_size(settings["tokenizer"]) > config.vocab_size:
@@ -239,11 +240,12 @@ def fit(model: GPT, data: dict[str, Split], s: dict, state: dict, out: str, devi
 
     state: step, history (a dict per step), rows (of the closing table), seconds spent in training; once saved, also
     the optimizer. No random numbers are drawn here and batch i depends on i and the seed alone, so this is all that
-    a bit-equal resume needs. Raises KeyboardInterrupt after an interrupt, FloatingPointError if the loss is NaN.
+    a bit-equal resume needs. Raises KeyboardInterrupt if interrupted, FloatingPointError for a loss that is NaN.
     """
     optimizer = make_optimizer(model, s["lr"], s["memory_lr"], s["weight_decay"])
     if "optimizer" in state:
         optimizer.load_state_dict(state["optimizer"])
+    state |= {name: s[name] for name in ("tokenizer", "dataset", "data_dir")} | {"settings": s, "method": s["upscale"]}
     dtype, step_tokens = getattr(torch, s["dtype"]), s["batch_size"] * s["block_size"]
     train, some = data["train"].tokens, data["valid"].tokens[: 64 * s["block_size"] + 1]
     compiled = torch.compile(model) if s["compile"] else model
@@ -270,8 +272,7 @@ def fit(model: GPT, data: dict[str, Split], s: dict, state: dict, out: str, devi
             bar.update()
             if stop or state["step"] % s["save_every"] == 0 or state["step"] == s["steps"]:
                 state["optimizer"] = optimizer.state_dict()
-                about = {name: s[name] for name in ("tokenizer", "dataset", "data_dir")}
-                save_checkpoint(out, model, method=s["upscale"], settings=s, **about, **state)
+                save_checkpoint(out, model, **state)
                 log.flush()
             if stop:
                 raise KeyboardInterrupt(f"interrupted; {out} is saved at step {state['step']} of {s['steps']}")
@@ -336,17 +337,16 @@ def begin(s: dict, data: dict[str, Split], device: torch.device, base: GPT | Non
     s["steps"] = max(1, s["tokens"] // (s["batch_size"] * s["block_size"]))
     for name, parts in (("warmup", 20), ("eval_every", 10), ("save_every", 10)):
         s.setdefault(name, max(1, s["steps"] // parts))
-    state = {"step": 0, "history": [], "rows": [], "seconds": 0.0}
-    if base is None and s["base"] != "scratch":
+    if s["base"] in PRETRAINED:
         base = GPT.from_pretrained(s["base"], writable(s["data_dir"]))
-    elif base is None and s["upscale"] != "none":
+    elif s["base"] == "scratch" and s["upscale"] != "none":
         base = scratch_base(s, data, device)
     torch.manual_seed(s["seed"])
-    if s["upscale"] == "none":
-        return base or GPT(scratch_config(s)), state
-    state["rows"].append(row("base", base.to(device).requires_grad_(False), data["valid"]))
-    model = deepen(base, s)
-    print(summary(base, model))
+    state, model = {"step": 0, "history": [], "rows": [], "seconds": 0.0}, base or GPT(scratch_config(s))
+    if s["upscale"] != "none":
+        state["rows"].append(row("base", base.to(device).requires_grad_(False), data["valid"]))
+        model = deepen(base, s)
+        print(summary(base, model))
     return model, state
 
 

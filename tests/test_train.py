@@ -1,0 +1,281 @@
+"""Training: the whole command, resume to the last bit, groups, schedule, what is refused."""
+
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+import train
+from data import load_dataset
+from eval import sum_nll
+from model import GPT, GPTConfig, load_checkpoint, run_command, save_checkpoint
+from upscale import set_trainable, upscale
+
+TINY = "--n_layer 2 --n_head 2 --n_embd 32 --block_size 16 --batch_size 4 --base_tokens 2e3".split()
+MIDUS = ["--upscale", "midus", "--n_keys", "6", "--top_k", "3", "--d_latent", "8"]
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    """An empty working folder whose ./data holds a small data set, taken from Python's own documentation."""
+    from pydoc_data.topics import topics
+
+    text = "\n".join(topics[name] for name in sorted(topics))
+    (tmp_path / "data").mkdir()
+    for split, part in (("train", text[:40_000]), ("valid", text[40_000:42_000]), ("test", text[42_000:44_000])):
+        (tmp_path / "data" / f"wiki.{split}.tokens").write_text(part, encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def command(*arguments):
+    return ["train.py", "--dataset", "wikitext2", "--base", "scratch", "--tokenizer", "bytes", *arguments]
+
+
+def call(monkeypatch, *arguments):
+    """Runs train.py's main in this process; its exit status."""
+    monkeypatch.setattr(sys, "argv", [*arguments])
+    try:
+        run_command(train.main)
+    except SystemExit as end:
+        return end.code
+    return 0
+
+
+def same_weights(a, b):
+    return all(torch.equal(x, y) for x, y in zip(a.state_dict().values(), b.state_dict().values(), strict=True))
+
+
+def test_main_command_from_scratch_to_table(here, monkeypatch, capsys):
+    assert call(monkeypatch, *command(*TINY, *MIDUS, "--tokens", "1e4")) == 0
+    out = capsys.readouterr().out
+    table = {line[:20].strip(): line.split() for line in out.splitlines() if line.startswith(("base  ", "midus, "))}
+    base, start, end = (table[label] for label in ("base", "midus, start", "midus, end"))
+    assert base[4] == start[5] and float(end[5]) < float(start[5])  # starts exactly where the base stands
+    model, info = load_checkpoint("ckpt.pt")
+    assert model.config.blocks == "TMT" and info["method"] == "midus" and info["step"] == 10_000 // 64
+    log = [json.loads(line) for line in open("ckpt.jsonl")]
+    assert log == info["history"] and [entry["step"] for entry in log] == list(range(1, info["step"] + 1))
+    nll, tokens = sum_nll(model, load_dataset("wikitext2", "bytes", "data", ("valid",))["valid"].tokens)
+    assert f"{math.exp(nll / tokens):.4f}" == end[5]
+    # the base is found again, the checkpoint is not overwritten
+    assert call(monkeypatch, *command(*TINY, *MIDUS)) == 2
+    assert call(monkeypatch, *command(*TINY, *MIDUS, "--tokens", "500", "--out", "b.pt")) == 0
+    assert "trained earlier" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_a_seed_and_a_resume_give_the_same_losses_bit_for_bit(here, monkeypatch, dtype):
+    arguments = command(*TINY, *MIDUS, "--tokens", "2e3", "--dtype", dtype, "--save_every", "7", "--seed", "3")
+    assert call(monkeypatch, *arguments, "--out", "whole.pt") == 0
+
+    steps, original = [], train.train_step
+
+    def interrupted(*args):
+        steps.append(1)
+        if len(steps) == 17:
+            os.kill(os.getpid(), signal.SIGINT)
+        return original(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "train_step", interrupted)
+        assert call(monkeypatch, *arguments, "--out", "cut.pt") == 130
+    assert load_checkpoint("cut.pt")[1]["step"] == 17
+    assert call(monkeypatch, "train.py", "--resume", "--out", "cut.pt") == 0
+    (whole, a), (cut, b) = load_checkpoint("whole.pt"), load_checkpoint("cut.pt")
+    assert a["history"] == b["history"] and len(a["history"]) == 31 and same_weights(whole, cut)
+    assert open("whole.jsonl").read() == open("cut.jsonl").read()
+
+
+def test_a_killed_run_goes_on_from_its_last_checkpoint(here, monkeypatch, root):
+    arguments = command(*TINY, *MIDUS, "--tokens", "2e4", "--save_every", "5")
+    process = subprocess.Popen([sys.executable, str(root / "train.py"), *arguments[1:]], stdout=subprocess.DEVNULL)
+    deadline = time.time() + 60
+    while not os.path.exists("ckpt.pt") and time.time() < deadline:
+        time.sleep(0.01)
+    process.kill()
+    process.wait()
+    assert load_checkpoint("ckpt.pt")[1]["step"] < 312
+    assert call(monkeypatch, "train.py", "--resume") == 0
+    assert call(monkeypatch, *arguments, "--out", "whole.pt") == 0
+    (cut, a), (whole, b) = load_checkpoint("ckpt.pt"), load_checkpoint("whole.pt")
+    assert a["history"] == b["history"] and same_weights(whole, cut)
+
+
+def test_an_interrupted_base_goes_on_by_itself(here, monkeypatch, capsys):
+    arguments = command(*TINY, *MIDUS, "--tokens", "500")
+    original = train.train_step
+
+    def interrupted(*args):
+        os.kill(os.getpid(), signal.SIGTERM)
+        return original(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train, "train_step", interrupted)
+        assert call(monkeypatch, *arguments) == 130
+    assert not os.path.exists("ckpt.pt")
+    assert call(monkeypatch, *arguments) == 0
+    assert "going on with" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "method, train_what", [("none", "all"), ("llama-pro", "new"), ("solar", "all"), ("midus", "all")]
+)
+def test_every_method_trains_what_it_says(here, monkeypatch, method, train_what):
+    config = GPTConfig(2, 2, 32, 16, 257)
+    torch.manual_seed(0)
+    base = GPT(config)
+    save_checkpoint("base.pt", base, tokenizer="bytes", dataset="wikitext2")
+    flags = [] if method == "none" else ["--upscale", method, "--train", train_what]
+    small = ["--n_keys", "6", "--top_k", "3", "--d_latent", "8"] if method == "midus" else []
+    arguments = ["train.py", "--base", "base.pt", "--batch_size", "4", "--tokens", "1e3"]
+    assert call(monkeypatch, *arguments, *flags, *small) == 0
+    model, info = load_checkpoint("ckpt.pt")
+    old = [block for i, block in enumerate(model.h) if i not in model.config.new]
+    if method in ("llama-pro", "midus"):
+        assert all(same_weights(a, b) for a, b in zip(old, base.h)) == (train_what == "new")
+    assert torch.equal(model.wte.weight, base.wte.weight) == (train_what == "new")
+    assert all(math.isfinite(entry["loss"]) for entry in info["history"])
+
+
+def test_methods_that_start_as_the_base_see_the_same_batches(here, monkeypatch):
+    losses = {}
+    for method, flags in (("midus", MIDUS), ("llama-pro", ["--upscale", "llama-pro"])):
+        arguments = command(*TINY, *flags, "--tokens", "2e3", "--dtype", "float32", "--out", f"{method}.pt")
+        assert call(monkeypatch, *arguments) == 0
+        losses[method] = [entry["loss"] for entry in load_checkpoint(f"{method}.pt")[1]["history"]]
+    assert losses["midus"][0] == losses["llama-pro"][0] and losses["midus"][-1] != losses["llama-pro"][-1]
+    assert all(abs(a - b) < 0.1 for a, b in zip(*losses.values(), strict=True))
+
+
+def make(method="midus"):
+    torch.manual_seed(0)
+    base = GPT(GPTConfig(2, 2, 32, 16, 257))
+    model = upscale(base, method, n_keys=6, top_k=3, d_latent=8) if method == "midus" else base
+    set_trainable(model, "all")
+    return model
+
+
+def test_groups_cover_every_trainable_parameter_once():
+    for which in ("all", "new"):
+        model = make()
+        set_trainable(model, which)
+        optimizer = train.make_optimizer(model, 1e-3, 1e-2, 0.1)
+        grouped = [id(p) for group in optimizer.param_groups for p in group["params"]]
+        assert sorted(grouped) == sorted(id(p) for p in model.parameters() if p.requires_grad)
+        names = {id(p): name for name, p in model.named_parameters()}
+        for group in optimizer.param_groups:
+            for p in group["params"]:
+                bank = names[id(p)].endswith("hive.bank")
+                assert group["lr"] == (1e-2 if bank else 1e-3)
+                assert group["weight_decay"] == (0.1 if p.dim() > 1 and not bank else 0)
+
+
+def test_gradient_accumulation_equals_one_batch():
+    x, y = torch.randint(0, 257, (2, 8, 16))
+    after = []
+    for parts in (1, 4):
+        model = make()
+        optimizer = train.make_optimizer(model, 1e-3, 1e-2, 0.1)
+        loss = train.train_step(model, optimizer, (x, y), torch.device("cpu"), torch.float32, parts)
+        after.append((loss, model.h[0].mlp.c_fc.bias.detach()))
+    assert after[0][0] == pytest.approx(after[1][0], abs=1e-6)
+    torch.testing.assert_close(after[0][1], after[1][1], atol=1e-5, rtol=0)
+
+
+def test_schedule_rises_and_falls():
+    values = [train.schedule(step, 10, 100) for step in range(100)]
+    assert values[0] == pytest.approx(1 / 11) and max(values) == values[10] == 1.0
+    assert values[:11] == sorted(values[:11]) and values[10:] == sorted(values[10:], reverse=True)
+    assert 0.1 <= values[-1] < 0.11
+    assert train.schedule(0, 0, 1) == 1.0
+
+
+def test_nan_stops_before_anything_is_touched():
+    model = make()
+    optimizer = train.make_optimizer(model, 1e-3, 1e-2, 0.1)
+    model.ln_f.bias.data[0] = float("nan")
+    before = model.wte.weight.clone()
+    with pytest.raises(FloatingPointError, match="NaN or infinite; try a lower --lr"):
+        batch = (torch.zeros(2, 4, dtype=torch.long),) * 2
+        train.train_step(model, optimizer, batch, torch.device("cpu"), torch.float32, 1)
+    assert torch.equal(model.wte.weight, before)
+
+
+def test_nan_ends_a_run_with_a_sentence_and_keeps_the_last_checkpoint(here, monkeypatch, capsys):
+    steps, original = [], train.train_step
+
+    def poisoned(model, *rest):
+        steps.append(1)
+        if len(steps) == 9:
+            model.ln_f.bias.data[0] = float("nan")
+        return original(model, *rest)
+
+    monkeypatch.setattr(train, "train_step", poisoned)
+    arguments = command(*TINY[:-2], "--upscale", "none", "--tokens", "1e3", "--save_every", "4")
+    assert call(monkeypatch, *arguments) == 1
+    assert capsys.readouterr().err.startswith("error: the loss or a gradient became NaN")
+    model, info = load_checkpoint("ckpt.pt")
+    assert info["step"] == 8 and model.ln_f.bias.isfinite().all()
+
+
+@pytest.mark.parametrize(
+    "flags, sentence",
+    [
+        (["--n_head", "3"], "n_embd must be a multiple of n_head"),
+        (["--upscale", "midus", "--top_k", "99"], "top_k must be at most n_keys"),
+        (["--upscale", "midus", "--top_k", "1"], "top_k must be at least 2"),
+        (["--upscale", "midus", "--positions", "9"], "positions must lie between 1 and 4"),
+        (["--upscale", "midus", "--positions", "1", "1"], "positions repeat"),
+        (["--upscale", "solar", "--every", "3"], "solar has one seam"),
+        (["--upscale", "llama-pro", "--n_keys", "8"], "--n_keys: only with --upscale midus"),
+        (["--every", "2"], "--every: only with --upscale"),
+        (["--base_tokens", "5"], "--base_tokens: only with --upscale"),
+        (["--train", "new"], "needs inserted blocks"),
+        (["--base", "none.pt"], "there is no checkpoint at none.pt"),
+        (["--base", "gpt2", "--n_layer", "3"], "--n_layer: this run has --base gpt2, not scratch"),
+        (["--base", "gpt2", "--block_size", "2000"], "more than the base's 1024 positions"),
+        (["--base", "gpt2", "--tokenizer", "bytes"], "the base was trained with gpt2"),
+        (["--tokenizer", "gpt5"], "tokenizer must be gpt2"),
+        (["--grad_accum", "3"], "must divide the batch of 16"),
+        (["--device", "tpu"], "device tpu is not available"),
+        (["--out", "nowhere/ckpt.pt"], "there is no such folder"),
+        (["--resume"], "there is no checkpoint at ckpt.pt"),
+        (["--tokens", "0"], "not a positive whole number"),
+        (["--tokens", "1.5"], "not a positive whole number"),
+        (["--tokens", "inf"], "not a positive whole number"),
+        (["--lr", "-1"], "not a number of at least 0"),
+        (["--lr", "nan"], "not a number of at least 0"),
+        (["--upscale", "magic"], "invalid choice"),
+    ],
+)
+def test_bad_input_is_refused_with_a_sentence_before_anything_begins(tmp_path, monkeypatch, capsys, flags, sentence):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(train, "load_dataset", None)  # nothing may get this far
+    assert call(monkeypatch, "train.py", *flags) == 2
+    error = capsys.readouterr().err
+    assert sentence in error and "Traceback" not in error
+    assert os.listdir(tmp_path) == []
+
+
+def test_resume_refuses_what_contradicts_the_checkpoint(here, monkeypatch, capsys):
+    assert call(monkeypatch, *command(*TINY[:-2], "--tokens", "300")) == 0
+    for flags in (["--lr", "1"], ["--upscale", "midus"], ["--positions", "1"], ["--seed", "7"]):
+        assert call(monkeypatch, "train.py", "--resume", *flags) == 2
+        assert f"{flags[0]} contradicts ckpt.pt" in capsys.readouterr().err
+    assert call(monkeypatch, "train.py", "--resume", "--n_layer", "2") == 0  # says the same: fine
+    save_checkpoint("plain.pt", make())
+    assert call(monkeypatch, "train.py", "--resume", "--out", "plain.pt") == 2
+    assert "was not written by train.py" in capsys.readouterr().err
+
+
+def test_a_text_that_is_too_short_is_refused(here, monkeypatch, capsys):
+    (here / "data" / "wiki.train.tokens").write_text("short")
+    assert call(monkeypatch, *command(*TINY, "--upscale", "midus")) == 2
+    assert "block_size 16 needs at least 33" in capsys.readouterr().err
