@@ -4,30 +4,33 @@ The Head-wise Memory Layer (HML) of MIDUS, Memory-Infused Depth Up-Scaling.
 Paper: Kim, Byun, Choi, Park, Song, "MIDUS", arXiv 2512.13751. Product keys are from Lample et al. 2019,
 "Large Memory Layers with Product Keys", arXiv 1907.05242.
 
-A feed-forward layer multiplies every token with all of its weights. A memory layer *looks up* instead: it holds
-N slots and reads only the k whose keys fit the token best, so N can grow while the cost per token hardly does.
-HML gives every attention head a look-up of its own:
+A feed-forward layer multiplies every token with all of its weights. A memory layer *looks up* instead. It has N slots;
+a slot is a key and an entry of a bank of values. A token reads only the k slots whose keys fit it best, so N can grow
+while the cost per token grows with the square root of N. HML gives every attention head a look-up of its own:
 
-    head output a_h --> query q_h --> row scores (n) --> best k --+
-                                  \-> col scores (n) --> best k --+--> best k of the N = n*n slots
-                                                                        |        softmax -> weights
-    bank V (N, d_v), shared by the heads --> z_h = weighted sum of k rows
-                                             m_h = z_h W_h           (HIVE: one small W_h per head)
+    head output a_h = query q_h
+        first half   . n row keys --> n row scores --> k best --\
+                                                                 P pairs (sums) --> k best slots --> softmax --> weights
+        second half  . n col keys --> n col scores --> k best --/
+
+    bank (N, d_v), one for all heads --> z_h = weighted sum of the k entries
+                                         m_h = z_h W_h            (HIVE: one small W_h per head)
     output = [m_1 | m_2 | ... | m_H]
 
-The file goes from the small to the whole: product_key_topk, ProductKeys, HIVE, HeadwiseMemory. It imports nothing
-else of this repository and can be copied as it is.
-
-What it deliberately does not do: no query projection (the head's output *is* the query), no output projection or
-gate, no residual (model.py's MemoryBlock adds one), no mixing between heads, no sparse gradients (Adam and gradient
-clipping refuse them), no counting of which slots were used (eval.py does that).
-
 Shape names, the same in every file:
-    B    batch                     n    sub-keys per half (n_keys)
+    B    batch                     n    keys per half (n_keys)
     T    tokens in a sequence      N    slots = n * n; slot = row * n + col
     H    heads (n_head)            k    slots read per token and head (top_k)
-    C    n_embd = H * d_h          d_v  width of a row of the bank (d_latent)
+    C    n_embd = H * d_h          d_v  width of an entry of the bank (d_latent)
     d_h  width of a head           P    pairs of ranks that can be among the k best
+
+Query, key and value are the memory's here; attention has come before and left the heads' outputs. The file goes from
+the small to the whole: product_key_topk, ProductKeys, HIVE, HeadwiseMemory. It imports nothing else of this repository.
+
+What it deliberately does not do: no query projection (the head's output *is* the query), no 1/sqrt(d) on the scores
+(the keys start that small instead), no output projection or gate, no residual (model.py's MemoryBlock adds one), no
+mixing between heads, no sparse gradients (Adam and gradient clipping refuse them), no counting of what was read
+(eval.py does that). Marks: [paper] from the paper, [report] from reports about it, [choice] ours.
 """
 
 from functools import lru_cache
@@ -39,14 +42,17 @@ from torch import Tensor, nn
 
 # ---------------------------------------------------------------------------------------------------------------
 # 1. The k best of N = n * n slots, without scoring all N
+#
+# The query has two halves, q = [q1 | q2]. Slot (row, col) has the key [r_row | c_col], so its score is
+# q . key = q1 . r_row + q2 . c_col: n row scores and n column scores hold all n * n scores as sums.
 
 
 @lru_cache
 def candidate_pairs(k: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """The pairs (i, j) of ranks whose sum can be among the k best, as two tensors (P,).
 
-    Both half-lists are sorted, best first. The pair (i, j) is matched or beaten by every pair (i' <= i, j' <= j):
-    (i+1)*(j+1) pairs, itself included. With more than k of those, k others are at least as good and it can go.
+    A rank is a place in a half's list of its k best scores, 0 for the best. The pair (i, j) is matched or beaten by
+    every pair (i' <= i, j' <= j): (i+1)*(j+1) pairs, itself included. If those are more than k, it is not needed.
 
     >>> [tuple(pair) for pair in torch.stack(candidate_pairs(3, torch.device("cpu")), 1).tolist()]
     [(0, 0), (0, 1), (0, 2), (1, 0), (2, 0)]
@@ -57,10 +63,10 @@ def candidate_pairs(k: int, device: torch.device) -> tuple[Tensor, Tensor]:
 
 
 def product_key_topk(row_scores: Tensor, col_scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The k best slots when slot (row, col) scores row_scores[row] + col_scores[col]; exact, ties included.
+    """The k best slots when slot (row, col) scores row_scores[row] + col_scores[col]; exact, any of those that tie.
 
-    A slot among the k best has its row among the k best rows and its column among the k best columns, so two short
-    searches over n replace one over n * n (Lample et al., section 3.1).
+    The k best rows and the k best columns suffice: any other slot is matched or beaten by k slots made of those. Two
+    searches over n and one over P pairs replace one over n * n (Lample et al., section 3.1).
 
     row_scores, col_scores: (..., n). Returns scores (..., k), best first, and slots (..., k), int64, row * n + col.
     Gradients flow into both score tensors. Raises ValueError if k is not in 1..n or the shapes differ.
@@ -75,13 +81,13 @@ def product_key_topk(row_scores: Tensor, col_scores: Tensor, k: int) -> tuple[Te
         raise ValueError(f"top_k must lie between 1 and the number of keys per half, {n}; got {k}")
 
     with torch.no_grad():  # the search itself has no gradient; the winners' scores are gathered anew below
-        best_rows, rows = row_scores.topk(k, dim=-1)  # both (..., k), sorted
-        best_cols, cols = col_scores.topk(k, dim=-1)  # both (..., k), sorted
+        best_row_scores, best_rows = row_scores.topk(k, dim=-1)  # both (..., k), best first
+        best_col_scores, best_cols = col_scores.topk(k, dim=-1)  # both (..., k), best first
         i, j = candidate_pairs(k, row_scores.device)  # both (P,)
-        pair_scores = best_rows[..., i] + best_cols[..., j]  # (..., P)
-        best = pair_scores.topk(k, dim=-1).indices  # (..., k), each in 0..P-1
-        rows = rows.gather(-1, i[best])  # (..., k)
-        cols = cols.gather(-1, j[best])  # (..., k)
+        sums = best_row_scores[..., i] + best_col_scores[..., j]  # (..., P)
+        winners = sums.topk(k, dim=-1).indices  # (..., k), each in 0..P-1
+        rows = best_rows.gather(-1, i[winners])  # (..., k): winner -> its rank in the row list -> its row
+        cols = best_cols.gather(-1, j[winners])  # (..., k)
     return row_scores.gather(-1, rows) + col_scores.gather(-1, cols), rows * n + cols
 
 
@@ -92,10 +98,8 @@ def product_key_topk(row_scores: Tensor, col_scores: Tensor, k: int) -> tuple[Te
 class ProductKeys(nn.Module):
     """The product keys of H heads: which slots a head reads, and with which weights.
 
-    keys (2, H, n, d_h/2): for each head n row sub-keys and n column sub-keys. They stand for N = n * n keys of
-    width d_h (a row sub-key followed by a column sub-key) that are never built.
-
-    query_norm is ours, off by default: the paper mentions no normalisation of the query [report].
+    keys (2, H, n, d_h/2): for each head n row keys, then n column keys. They stand for N = n * n keys of width d_h
+    that are never built. query_norm, off by default, is a switch of ours; the paper mentions no normalisation.
     """
 
     def __init__(self, n_head: int, head_dim: int, n_keys: int, top_k: int, query_norm: bool = False):
@@ -106,15 +110,16 @@ class ProductKeys(nn.Module):
 
     def forward(self, query: Tensor) -> tuple[Tensor, Tensor]:
         """query (B, T, H, d_h) -> weights (B, T, H, k), fp32, each k summing to 1; slots (B, T, H, k), int64."""
-        # In bf16 about one in eight of the top-8 sets would come out different, so scores are always fp32.
+        # Scores are fp32 under autocast too: in bf16 many of the k best would be others (13% of the sets at k=8).
         with torch.autocast(query.device.type, enabled=False):
             query = query.float()
             if self.query_norm:
                 query = F.layer_norm(query, query.shape[-1:])  # (B, T, H, d_h), without weights of its own
-            halves = query.unflatten(-1, (2, -1))  # (B, T, H, 2, d_h/2); s in the einsum counts the halves
-            scores = torch.einsum("bthsd,shnd->sbthn", halves, self.keys.float())  # (2, B, T, H, n)
-            best, slots = product_key_topk(*scores, self.top_k)  # both (B, T, H, k)
-            return best.softmax(dim=-1), slots
+            halves = query.unflatten(-1, (2, -1))  # (B, T, H, 2, d_h/2)
+            # s counts the halves, and comes first in the result to be taken apart: row scores, column scores
+            row_scores, col_scores = torch.einsum("bthsd,shnd->sbthn", halves, self.keys.float())  # each (B, T, H, n)
+            scores, slots = product_key_topk(row_scores, col_scores, self.top_k)  # both (B, T, H, k)
+            return scores.softmax(dim=-1), slots
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -122,10 +127,10 @@ class ProductKeys(nn.Module):
 
 
 class HIVE(nn.Module):
-    """Head-wise implicit value expansion: what a head finds in the shared bank, turned into that head's values.
+    """Head-wise implicit value expansion: turns the bank entries that a head found into that head's values.
 
     bank (N, d_v) is shared by all heads; proj (H, d_v, d_h) holds one W_h per head. Head h behaves as if it owned
-    the value table bank @ W_h, (N, d_h), which is never built: pooling the k rows first and projecting the sum
+    the value table bank @ W_h, (N, d_h), which is never built: summing the k entries first and projecting the sum
     gives the same, since both are linear. For GPT-2 (C=768, H=12) with n=128, d_v=64 the bank and the projections
     take 1.10M parameters; value tables per head would take 12.58M.
     """
@@ -136,16 +141,16 @@ class HIVE(nn.Module):
         self.proj = nn.Parameter(torch.randn(n_head, d_latent, head_dim) * d_latent**-0.5)
 
     def pool(self, weights: Tensor, slots: Tensor) -> Tensor:
-        """The definition: z = sum over k of weight * row. weights, slots (B, T, H, k) -> z (B, T, H, d_v), fp32."""
-        rows = F.embedding(slots, self.bank.float())  # (B, T, H, k, d_v): k times as large as the result
-        return torch.einsum("bthk,bthkv->bthv", weights, rows)  # (B, T, H, d_v)
+        """The definition: z = sum over k of weight * entry. weights, slots (B, T, H, k) -> z (B, T, H, d_v), fp32."""
+        entries = F.embedding(slots, self.bank.float())  # (B, T, H, k, d_v): k times as large as the result
+        return torch.einsum("bthk,bthkv->bthv", weights, entries)  # (B, T, H, d_v)
 
     def pool_fast(self, weights: Tensor, slots: Tensor) -> Tensor:
-        """The same in one kernel that never holds the gathered rows; 3-4 times cheaper on a CPU."""
-        k = slots.size(-1)
+        """The same in one kernel that never holds the k entries; 3-4 times faster on a CPU."""
         # float(): embedding_bag refuses mixed dtypes, and has no bf16 backward on CUDA.
-        z = F.embedding_bag(slots.view(-1, k), self.bank.float(), per_sample_weights=weights.view(-1, k), mode="sum")
-        return z.view(*slots.shape[:-1], -1)  # (B*T*H, d_v) -> (B, T, H, d_v)
+        slots_flat, weights_flat = slots.flatten(0, 2), weights.flatten(0, 2)  # both (B*T*H, k)
+        z = F.embedding_bag(slots_flat, self.bank.float(), per_sample_weights=weights_flat, mode="sum")
+        return z.view(*slots.shape[:3], -1)  # (B*T*H, d_v) -> (B, T, H, d_v)
 
     def forward(self, weights: Tensor, slots: Tensor) -> Tensor:
         """weights, slots (B, T, H, k) -> values m (B, T, H, d_h)."""
@@ -159,25 +164,24 @@ class HIVE(nn.Module):
 
 
 class HeadwiseMemory(nn.Module):
-    """HML: every head looks up its own product keys, HIVE realises what they find. No head sees another.
+    """HML: every head looks up its own product keys, HIVE turns what they find into values. No head sees another.
 
-    n_head, head_dim: H and d_h of the attention that feeds the layer; n_keys: n, sub-keys per half, so n * n
-    slots; top_k: k; d_latent: d_v; query_norm: normalise queries (ours; off is the paper's form).
-    Raises ValueError where these contradict each other.
+    n_head, head_dim: H and d_h of the attention that feeds the layer; n_keys: n, so n * n slots; top_k: k;
+    d_latent: d_v; query_norm: normalise queries. Raises ValueError where these contradict each other.
 
     How it starts, and what learns when:
 
-        tensor     shape             starts as              gradient at step 0   from step 1
-        keys       (2, H, n, d_h/2)  U(+-(d_h/2)^-0.5)      zero                 yes
-        hive.bank  (N, d_v)          zero                   yes, the rows read   yes
-        hive.proj  (H, d_v, d_h)     N(0, std d_v^-0.5)     zero                 yes
-        the query  (from the block)  copied from the base   zero                 yes
+        tensor     shape             starts as              gradient at step 0      from step 1
+        hive.bank  (N, d_v)          zero                   yes, the entries read   yes, the entries read
+        hive.proj  (H, d_v, d_h)     N(0, std d_v^-0.5)     zero                    yes
+        keys       (2, H, n, d_h/2)  U(+-(d_h/2)^-0.5)      zero                    yes
+        attention  (in model.py)     copied from the base   zero                    yes
 
     With the bank at zero the layer returns exact zeros, so a model it is inserted into starts as the very same
-    function [paper: values start at zero]. Everything that is multiplied with the bank then has gradient zero; only
-    the bank itself moves in the first step. proj cannot be zero as well: each would hold the other's gradient at
-    zero for ever. Zeroing proj instead would also start as the identity, but then a row that was never read would
-    be noise when it is first read; a zero row says nothing until it has learned something.
+    function [report]. Everything that reaches the output through the bank alone then has gradient zero; only the bank
+    itself gets one. proj cannot start at zero as well: each would hold the other's gradient at zero for ever. Zeroing
+    proj instead would also start as the identity, but then an entry that was never read would be noise when it is
+    first read; a zero entry says nothing until it has learned something.
     """
 
     def __init__(
@@ -190,7 +194,7 @@ class HeadwiseMemory(nn.Module):
             raise ValueError(f"product keys cut the query in two halves: the head width must be even, not {head_dim}")
         if top_k < 2:  # the softmax over one score is the constant 1: keys and queries would get no gradient
             raise ValueError(f"top_k must be at least 2, or keys and queries cannot learn; got {top_k}")
-        if top_k > n_keys:
+        if top_k > n_keys:  # product_key_topk would say so too, but only when the model first runs
             raise ValueError(f"top_k must be at most n_keys, {n_keys}; got {top_k}")
         self.n_head, self.head_dim = n_head, head_dim
         self.product_keys = ProductKeys(n_head, head_dim, n_keys, top_k, query_norm)

@@ -1,8 +1,8 @@
 """
 GPT-2, with two kinds of blocks: transformer blocks (T) and memory blocks (M).
 
-    T:  x = x + Attn(LN1(x));  x = x + MLP(LN2(x))        Attn ends in the output projection c_proj
-    M:  x = x + HML(heads(LN1(x)))                        heads: the same attention, without c_proj; see hml.py
+    block T:  x = x + Attn(LN1(x));  x = x + MLP(LN2(x))    Attn ends in the output projection c_proj
+    block M:  x = x + HML(heads(LN1(x)))                    heads: the same attention, without c_proj; see hml.py
 
 A config's `blocks` string says what stands where: "TMTTMT" is T M T T M T from bottom to top. Parameters carry
 GPT-2's names (wte, wpe, h.N.attn.c_attn, ...), so that published weights map by name. Shape names: see hml.py.
@@ -28,11 +28,11 @@ from hml import HeadwiseMemory
 
 @dataclass(frozen=True)
 class GPTConfig:
-    """Everything that fixes the shape of a model. Raises ValueError, one sentence, where it contradicts itself.
+    """Everything that fixes the shape of a model. Raises ValueError where it contradicts itself (GPT() for memory).
 
-    n_layer counts all blocks; block_size is the longest sequence, in tokens; blocks is a letter T or M per block,
-    "" for transformer blocks only; n_keys, top_k, d_latent and query_norm shape the memory of M blocks (n, k, d_v
-    in hml.py); new lists the indices, from 0, of the blocks that up-scaling inserted.
+    n_layer counts all blocks; block_size is the longest sequence, in tokens; blocks has a letter T or M per block, ""
+    for all T; n_keys, top_k, d_latent (n, k, d_v in hml.py) and query_norm shape the memory of M blocks; new lists
+    the indices, from 0, of the blocks that up-scaling inserted.
     """
 
     n_layer: int
@@ -80,12 +80,11 @@ class Heads(nn.Module):
             for part in self.c_attn(x).chunk(3, dim=-1)
         )
         first = not cache
+        if cache:
+            k, v = torch.cat((cache["k"], k), dim=2), torch.cat((cache["v"], v), dim=2)  # (B, H, T so far, d_h)
         if cache is not None:
-            if cache:
-                k = torch.cat((cache["k"], k), dim=2)  # (B, H, T so far, d_h)
-                v = torch.cat((cache["v"], v), dim=2)
-            cache["k"], cache["v"] = k, v
-        # After the first call one token comes at a time; it may look at all before it, so no mask is needed.
+            cache.update(k=k, v=v)
+        # After the first call one token comes at a time, and it may look at all before it: no mask.
         y = F.scaled_dot_product_attention(q, k, v, is_causal=first)  # (B, H, T, d_h)
         return y.transpose(1, 2)  # (B, T, H, d_h)
 
@@ -170,12 +169,12 @@ class GPT(nn.Module):
         self.h = nn.ModuleList(kinds[kind](config) for kind in config.blocks)
         self.ln_f = nn.LayerNorm(config.n_embd)
         # GPT-2 starts at std 0.02, for its width of 768; kept in proportion to C^-0.5 [choice], narrow models
-        # learn to attend several times sooner. What writes to the residual stream starts smaller, the deeper it is.
+        # learn to attend several times sooner. c_proj, which writes to the residual stream, starts smaller.
         std = 0.02 * (768 / config.n_embd) ** 0.5
         for name, module in self.named_modules():  # hml.py has the memory's own
             if isinstance(module, nn.Linear | nn.Embedding):
-                depth = (2 * config.n_layer) ** -0.5 if name.endswith("c_proj") else 1
-                nn.init.normal_(module.weight, std=std * depth)
+                scale = (2 * config.n_layer) ** -0.5 if name.endswith("c_proj") else 1
+                nn.init.normal_(module.weight, std=std * scale)
             if isinstance(module, nn.Linear):
                 nn.init.zeros_(module.bias)
 
@@ -184,11 +183,13 @@ class GPT(nn.Module):
     ) -> tuple[Tensor | None, Tensor | None]:
         """tokens (B, T) -> logits (B, T, vocab) and None; with targets (B, T): None and the mean loss in nats.
 
-        cache: a list with one empty dict per block, to be passed again with only the tokens that follow.
-        Raises ValueError if the sequence is longer than block_size.
+        cache: a list with one empty dict per block, to be passed again with the one token (B, 1) that follows.
+        Raises ValueError if the sequence is longer than block_size, or more than one token follows.
         """
         start = cache[0]["k"].size(2) if cache and cache[0] else 0
         end = start + tokens.size(1)
+        if start and end > start + 1:
+            raise ValueError("with a cache that is begun, pass one token at a time")
         if end > self.config.block_size:
             raise ValueError(f"a sequence of {end} tokens is longer than the model's {self.config.block_size}")
         x = self.wte(tokens) + self.wpe(torch.arange(start, end, device=tokens.device))  # (B, T, C)
@@ -207,7 +208,7 @@ class GPT(nn.Module):
 
         Keys and values are cached. When block_size is full the cache is dropped and the last half window read anew.
         """
-        cache, used, feed = [{} for _ in self.h], 0, tokens
+        cache, used, feed = [{} for _ in self.h], 0, tokens  # used: tokens in the cache; feed: those to come
         for _ in range(max_new_tokens):
             if used + feed.size(1) > self.config.block_size:
                 cache, used = [{} for _ in self.h], 0
@@ -226,22 +227,20 @@ class GPT(nn.Module):
 
     @classmethod
     def from_pretrained(cls, name_or_file: str, data_dir: str = "data") -> "GPT":
-        """OpenAI's GPT-2 by name (see PRETRAINED; downloaded once into data_dir), or a file in the same layout.
-
-        Both layouts in use are understood: with or without the `transformer.` prefix, lm_head and mask buffers.
-        Raises ValueError for an unknown name or a file that does not fit, OSError if the download fails.
-        """
+        """OpenAI's GPT-2 by name (see PRETRAINED; downloaded once into data_dir), or a file in the same layout, with or
+        without the `transformer.` prefix, lm_head and mask buffers. Raises ValueError for an unknown name or a file
+        that does not fit, OSError if the download fails."""
         path = name_or_file
         if path in PRETRAINED:
             path = os.path.join(data_dir, f"{name_or_file}.bin")
-            download([GPT2_URL.format(name_or_file)], path, sha256=GPT2_SHA256.get(name_or_file))
+            hint = f"A file of your own in that layout can be named instead of {name_or_file}, if it ends in .bin."
+            download([GPT2_URL.format(name_or_file)], path, sha256=GPT2_SHA256.get(name_or_file), hint=hint)
         elif not os.path.isfile(path):
             raise ValueError(f"{path} is neither a file nor one of {', '.join(PRETRAINED)}")
         try:
             state = torch.load(path, map_location="cpu", weights_only=True)
-            state = {name.removeprefix("transformer."): tensor for name, tensor in state.items()}
-            masks = (".attn.bias", ".attn.masked_bias")
-            state = {name: t for name, t in state.items() if name != "lm_head.weight" and not name.endswith(masks)}
+            extra = ("lm_head.weight", ".attn.bias", ".attn.masked_bias")  # the head is tied; masks
+            state = {n.removeprefix("transformer."): t for n, t in state.items() if not n.endswith(extra)}
             for name in state:  # OpenAI stores linear weights as (in, out)
                 if name.endswith(("c_attn.weight", "c_proj.weight", "c_fc.weight")):
                     state[name] = state[name].T
@@ -259,7 +258,7 @@ def count_parameters(model: GPT, blocks: tuple[int, ...] | None = None) -> dict[
     """Parameters by part, zero parts left out; of the blocks at these indices only, if given."""
     parts = {  # the first fragment found in a parameter's name decides
         "product_keys": "keys", "hive.bank": "bank", "hive.proj": "projections", ".attn.": "attention",
-        ".ln_1.": "attention", ".mlp.": "mlp", ".ln_2.": "mlp", "": "embeddings",
+        ".ln_1.": "attention", ".mlp.": "mlp", ".ln_2.": "mlp", "": "embeddings",  # and ln_f
     }  # fmt: skip
     counts = {}
     for name, parameter in model.named_parameters():
@@ -300,9 +299,12 @@ def load_checkpoint(path: str) -> tuple[GPT, dict]:
         tail = file.read()
     if size <= 32 or file_sha256(path, size - 32) != tail:
         raise ValueError(f"{path} is damaged or is no nanoMIDUS checkpoint: its sha256 does not match")
-    info = torch.load(path, map_location="cpu", weights_only=True)
-    model = GPT(GPTConfig(**info.pop("config")))
-    model.load_state_dict(info.pop("model"))
+    try:
+        info = torch.load(path, map_location="cpu", weights_only=True)
+        model = GPT(GPTConfig(**info.pop("config")))
+        model.load_state_dict(info.pop("model"))
+    except Exception as error:  # whole, but something else: torch.load and GPT raise many kinds
+        raise ValueError(f"{path} does not hold a nanoMIDUS model: {str(error).splitlines()[0]}") from error
     return model, info
 
 
@@ -321,7 +323,7 @@ def pick_device(name: str | None = None) -> torch.device:
     """The device called `name`, or the best there is. Raises ValueError if the machine does not have it."""
     have = ["cpu"]
     if torch.backends.mps.is_available():
-        have.insert(0, "mps")
+        have = ["mps", "cpu"]
     if torch.cuda.is_available():
         have = ["cuda", *(f"cuda:{i}" for i in range(torch.cuda.device_count())), *have]
     if name is not None and name not in have:

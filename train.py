@@ -151,7 +151,7 @@ def deepen(base: GPT, s: dict) -> GPT:
 def make_optimizer(model: GPT, lr: float, memory_lr: float, weight_decay: float) -> torch.optim.AdamW:
     """AdamW over every trainable parameter, each in one group: matrices, vectors (biases, norms), banks.
 
-    Banks get no weight decay, since AdamW would shrink rows nobody read, and a learning rate of their own: a row
+    Banks get no weight decay, since AdamW would shrink entries nobody read, and a learning rate of their own: an entry
     is read seldom, so it has few steps to learn in [Lample et al. 2019 and later memory layers: 1e-3].
     """
     groups = {"matrices": [], "vectors": [], "banks": []}
@@ -386,8 +386,6 @@ def main() -> None:
             raise ValueError(f"{args.out} exists; add --resume to go on with it, --overwrite to replace it, or --out")
         s, base = settle(args, device)
     print("settings:", ", ".join(f"{name} {value}" for name, value in s.items()))
-    if device.type == "cuda":
-        torch.set_float32_matmul_precision("high")  # TF32 where autocast leaves fp32
     data = load_dataset(s["dataset"], s["tokenizer"], s["data_dir"], ("train", "valid"))
     get_batch(data["train"].tokens, 0, 1, s["block_size"], 0)  # refuses a split that is too short
     if not args.resume:

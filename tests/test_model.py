@@ -171,6 +171,14 @@ def test_generation_starts_anew_from_half_a_window(model):
     assert model.generate(torch.randint(0, 50, (1, 40)), 3).shape == (1, 43)
 
 
+@torch.no_grad()
+def test_a_begun_cache_takes_one_token_at_a_time(model):
+    cache = [{} for _ in model.h]
+    model(torch.zeros(1, 3, dtype=torch.long), cache=cache)
+    with pytest.raises(ValueError, match="one token at a time"):
+        model(torch.zeros(1, 2, dtype=torch.long), cache=cache)
+
+
 def test_sampling_respects_top_k(model):
     prompt = torch.randint(0, 50, (1, 3))
     allowed = model(prompt)[0][0, -1].topk(2).indices.tolist()

@@ -1,0 +1,81 @@
+"""The README holds what it promises: its commands are accepted, its files exist, its example runs."""
+
+import re
+import shlex
+import subprocess
+import sys
+
+import pytest
+
+import eval as evaluation
+import train
+import upscale
+
+
+@pytest.fixture(scope="session")
+def readme(root):
+    return (root / "README.md").read_text(encoding="utf-8")
+
+
+def commands(readme, script):
+    """The README's commands that call `script`, each as a list of arguments."""
+    blocks = re.findall(r"```sh\n(.*?)```", readme, re.S)
+    lines = [line.split("  #")[0] for block in blocks for line in block.splitlines()]
+    parts = [part.strip() for line in lines for part in line.split("&&")]
+    return [shlex.split(part)[1:] for part in parts if part.startswith(f"python {script}")]
+
+
+class Reached(Exception):
+    """Everything that can be refused has been looked at."""
+
+
+def test_train_commands_are_accepted(readme, tmp_path, monkeypatch):
+    def reached(*args):
+        raise Reached
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(train, "load_dataset", reached)
+    from model import GPT, GPTConfig, save_checkpoint
+
+    base = GPT(GPTConfig(6, 4, 256, 256, 4097))
+    save_checkpoint("base.pt", base, tokenizer="gpt2:4096", dataset="wikitext2", data_dir="data")
+    found = commands(readme, "train.py")
+    assert ["train.py", "--upscale", "midus", "--dataset", "wikitext103"] in found and len(found) >= 5
+    for arguments in found:
+        if "--resume" not in arguments:
+            monkeypatch.setattr(sys, "argv", arguments)
+            with pytest.raises(Reached):
+                train.main()
+
+
+def test_other_commands_name_flags_that_exist(readme, monkeypatch, capsys):
+    for script, module in (("eval.py", evaluation), ("upscale.py", upscale), ("train.py", train)):
+        for arguments in commands(readme, script):
+            monkeypatch.setattr(sys, "argv", [script, "--help"])
+            with pytest.raises(SystemExit):
+                module.main()
+            help_text = capsys.readouterr().out
+            assert all(word in help_text for word in arguments if word.startswith("--")), arguments
+
+
+def test_the_main_command_and_its_evaluation(readme, root, tmp_path):
+    """The first command as it stands, with fewer tokens."""
+    (main,) = [c for c in commands(readme, "train.py") if c == ["train.py", "--upscale", "midus"]]
+    short = [*main, "--base_tokens", "2e4", "--tokens", "2e4"]
+    for arguments in (short, ["train.py", "--resume"], ["eval.py", "ckpt.pt"]):
+        run = subprocess.run(
+            [sys.executable, str(root / arguments[0]), *arguments[1:]], cwd=tmp_path, capture_output=True, text=True
+        )
+        assert run.returncode == 0, run.stderr
+    assert "token-level perplexity" in run.stdout
+
+
+def test_files_it_names_exist(readme, root):
+    for name in re.findall(r"`((?:[\w.]+/)?[\w.]+\.(?:py|txt|md))`", readme):
+        assert (root / name).exists(), name
+
+
+def test_python_example_runs(readme, root):
+    (block,) = re.findall(r"```python\n(.*?)```", readme, re.S)
+    run = subprocess.run([sys.executable, "-c", block], cwd=root, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
