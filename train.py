@@ -39,7 +39,7 @@ PRESETS = {  # base_*: the run that trains a base from scratch; tokens None: one
     "tiny": dict(n_layer=4, n_head=4, n_embd=128, block_size=64, batch_size=16, grad_accum=1, base_lr=3e-3, lr=2e-3,
                  memory_lr=1e-2, base_tokens=1_600_000, tokens=800_000, n_keys=32, top_k=8, d_latent=32),
     "small": dict(n_layer=6, n_head=4, n_embd=256, block_size=256, batch_size=16, grad_accum=1, base_lr=2e-3, lr=1e-3,
-                  memory_lr=1e-2, base_tokens=1_600_000, tokens=800_000, n_keys=64, top_k=8, d_latent=64),
+                  memory_lr=1e-2, base_tokens=1_200_000, tokens=600_000, n_keys=64, top_k=8, d_latent=64),
     "gpt2": dict(block_size=1024, batch_size=32, grad_accum=8, lr=2e-4, memory_lr=1e-3, tokens=None,
                  n_keys=128, top_k=16, d_latent=64),
 }  # fmt: skip
@@ -309,10 +309,9 @@ def print_table(rows: list[dict], valid: Split) -> None:
 
 def scratch_base(s: dict, data: dict[str, Split], device: torch.device) -> GPT:
     """The base trained from scratch: a run of its own, kept under the data folder by a hash of all that shapes it."""
-    names = ("dataset", "tokenizer", "block_size", "batch_size", "grad_accum", "memory_lr", "weight_decay", "seed",
-             "dtype", *SHAPE)  # fmt: skip
+    names = ("dataset", "tokenizer", "block_size", "batch_size", "grad_accum", "weight_decay", "seed", "dtype", *SHAPE)
     own = {name: s[name] for name in names} | {"upscale": "none", "base": "scratch", "train": "all"}
-    own |= {"tokens": s["base_tokens"], "lr": s["base_lr"]}
+    own |= {"tokens": s["base_tokens"], "lr": s["base_lr"], "memory_lr": 0.0}  # it has no banks
     source = os.path.basename(data["train"].tokens.filename)  # its name holds a hash of text and tokenizer
     key = hashlib.sha256(json.dumps([own, source], sort_keys=True).encode()).hexdigest()[:12]
     path = os.path.join(writable(s["data_dir"]), f"base-{key}.pt")

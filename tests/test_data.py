@@ -24,7 +24,7 @@ def server():
 
     class Handler(http.server.BaseHTTPRequestHandler):
         def do_GET(self):
-            name = self.path.strip("/")
+            name = self.path.strip("/").split("?")[0]
             if name == "picky" and "Python" in self.headers["User-Agent"]:
                 return self.send_error(403)
             body = {"good": CONTENT, "short": CONTENT[:1000], "wrong": b"x" * len(CONTENT), "picky": CONTENT}.get(name)
@@ -95,6 +95,25 @@ def test_wikitext_from_a_zip(server, tmp_path, monkeypatch):
         assert bytes(part.tokens.astype(np.uint8)).decode() == text[split]
         assert part.words == sum(len(line.split()) + 1 for line in text[split].split("\n")[:-1])
         assert part.bytes == len(text[split])
+
+
+def test_gpt2_by_name(server, tmp_path, monkeypatch):
+    """The whole way of GPT-2's weights, with a small file in their layout."""
+    import model
+    from test_model import openai_layout
+
+    torch.manual_seed(0)
+    original = model.GPT(model.GPTConfig(1, 1, 64, block_size=4, vocab_size=10))
+    torch.save(openai_layout(original, False), tmp_path / "made.bin")
+    made = (tmp_path / "made.bin").read_bytes()
+    monkeypatch.setattr("test_data.CONTENT", made)
+    monkeypatch.setattr(model, "GPT2_URL", server + "good?{}")
+    with pytest.raises(OSError, match="its sha256 is .*, expected 7c5d3f4b.*A file of your own .* can be named"):
+        model.open_model("gpt2", str(tmp_path / "data"))
+    monkeypatch.setitem(model.GPT2_SHA256, "gpt2", hashlib.sha256(made).hexdigest())
+    loaded, info = model.open_model("gpt2", str(tmp_path / "data"))
+    tokens = torch.randint(0, 10, (1, 4))
+    assert torch.equal(loaded(tokens)[0], original(tokens)[0]) and info == {"tokenizer": "gpt2"}
 
 
 def test_without_network_and_files_one_sentence_says_what_to_do(tmp_path, monkeypatch):
