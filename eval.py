@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-from data import DATASETS, SPLITS, load_dataset, load_tokenizer
+from data import DATASETS, SPLITS, Split, get_batch, load_dataset, load_tokenizer
 from model import GPT, count_parameters, open_model, pick_device, run_command
 
 
@@ -117,7 +117,7 @@ def peak_memory(device: torch.device) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
-def evaluate(model: GPT, split, stride: int | None) -> dict:
+def evaluate(model: GPT, split: Split, stride: int | None) -> dict:
     """All figures of one split: perplexities, tokens per second, and the usage of each memory block."""
     start = time.perf_counter()
     with count_usage(model) as counts:
@@ -143,6 +143,46 @@ def print_report(report: dict) -> None:
             f"memory in block {block}: {figures['top1']:.1%} of slots ever best, {figures['topk']:.1%} ever read, "
             f"KL to uniform {figures['kl']:.2f} nats (means over heads)"
         )
+
+
+def step_seconds(model: GPT, train: Split, s: dict, device: torch.device) -> float:
+    """Seconds one optimizer step will take, roughly, from a trial of one part of its batch."""
+    for _ in range(2):  # a first call is slow; but if it takes long, what was slow about it does not matter
+        start = time.perf_counter()
+        x, y = get_batch(train.tokens, 0, s["batch_size"] // s["grad_accum"], s["block_size"], s["seed"])
+        with torch.autocast(device.type, dtype=getattr(torch, s["dtype"]), enabled=s["dtype"] != "float32"):
+            loss = model(x.to(device), y.to(device))[1]
+        loss.backward()
+        loss.item()  # waits for a GPU
+        if (seconds := time.perf_counter() - start) > 5:
+            break
+    model.zero_grad()
+    return seconds * s["grad_accum"]
+
+
+def row(label: str, model: GPT, valid: Split, state: dict | None = None, s: dict | None = None) -> dict:
+    """A row of the closing table; with state and settings also what the training cost."""
+    size = {name: sum(p.numel() for p in params) for name, params in (
+        ("parameters", model.parameters()),
+        ("added", (p for i in model.config.new for p in model.h[i].parameters())),
+        ("trained", (p for p in model.parameters() if p.requires_grad)),
+    )}  # fmt: skip
+    nll, tokens = sum_nll(model, valid.tokens, desc=f"validating {label}")
+    done = {"label": label, **size, "perplexity": math.exp(nll / tokens)}
+    if state:
+        done["rate"] = state["step"] * s["batch_size"] * s["block_size"] / state["seconds"]
+        done["memory"] = peak_memory(model.wte.weight.device)
+    return done
+
+
+def print_table(rows: list[dict], valid: Split) -> None:
+    print(f"\nperplexity: token-level, validation split, {len(valid.tokens) - 1:,} tokens")
+    line = "{:20}{:>14}{:>12}{:>14}{:>12}{:>10}{:>13}".format
+    print(line("", "parameters", "added", "trained", "perplexity", "tokens/s", "peak memory"))
+    for r in rows:
+        cost = (f"{r['rate']:,.0f}", f"{r['memory'] / 2**20:,.0f} MiB") if "rate" in r else ("-", "-")
+        counts = (f"{r[name]:,}" for name in ("parameters", "added", "trained"))
+        print(line(r["label"], *counts, f"{r['perplexity']:.4f}", *cost))
 
 
 def main() -> None:

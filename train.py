@@ -17,14 +17,17 @@ import json
 import math
 import os
 import signal
+import sys
 import time
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from data import DATASETS, Split, get_batch, load_dataset, vocab_size, writable
-from eval import peak_memory, sum_nll
+from eval import print_table, row, step_seconds, sum_nll
 from model import GPT, PRETRAINED, GPTConfig, has_bf16, load_checkpoint, open_model, pick_device
 from model import run_command, save_checkpoint
 from upscale import METHODS, add_arguments, amount, count, set_trainable, summary, upscale
@@ -83,7 +86,7 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def settle(args: argparse.Namespace, device: torch.device) -> tuple[dict, GPT | None]:
+def settle(args: argparse.Namespace, device: torch.device, ranks: int) -> tuple[dict, GPT | None]:
     """Every setting of the run, as plain types, and the base if it was a file.
 
     Nothing long happens here, and whatever can be refused is refused here: ValueError, one sentence.
@@ -121,8 +124,8 @@ def settle(args: argparse.Namespace, device: torch.device) -> tuple[dict, GPT | 
 
     if settings["tokenizer"] != info.get("tokenizer", settings["tokenizer"]):
         raise ValueError(f"--tokenizer {settings['tokenizer']}: the base was trained with {info['tokenizer']}")
-    if settings["batch_size"] % settings["grad_accum"]:
-        raise ValueError(f"--grad_accum must divide the batch of {settings['batch_size']} sequences")
+    if settings["batch_size"] % (settings["grad_accum"] * ranks):
+        raise ValueError(f"--grad_accum times {ranks} processes must divide the batch of {settings['batch_size']}")
     if settings["dtype"] == "bfloat16" and device.type != "cpu" and not has_bf16(device):
         raise ValueError(f"--dtype bfloat16: {device} does not have it; use --dtype float32")
     config = fixed or scratch_config(settings)
@@ -154,21 +157,15 @@ def make_optimizer(model: GPT, lr: float, memory_lr: float, weight_decay: float)
     Banks get no weight decay, since AdamW would shrink entries nobody read, and a learning rate of their own: an entry
     is read seldom, so it has few steps to learn in [Lample et al. 2019 and later memory layers: 1e-3].
     """
-    groups = {"matrices": [], "vectors": [], "banks": []}
+    kinds = (("matrices", lr, weight_decay), ("vectors", lr, 0.0), ("banks", memory_lr, 0.0))
+    groups = {kind: {"params": [], "name": kind, "lr": rate, "peak_lr": rate, "weight_decay": decay}
+              for kind, rate, decay in kinds}  # fmt: skip
     for name, parameter in model.named_parameters():
         if parameter.requires_grad:
             kind = "banks" if name.endswith("hive.bank") else "matrices" if parameter.dim() >= 2 else "vectors"
-            groups[kind].append(parameter)
-    options = {"matrices": (lr, weight_decay), "vectors": (lr, 0.0), "banks": (memory_lr, 0.0)}
-    return torch.optim.AdamW(
-        [
-            {"params": groups[kind], "name": kind, "lr": rate, "peak_lr": rate, "weight_decay": decay}
-            for kind, (rate, decay) in options.items()
-            if groups[kind]
-        ],
-        betas=(0.9, 0.95),
-        fused=model.wte.weight.device.type in ("cpu", "cuda"),
-    )
+            groups[kind]["params"].append(parameter)
+    fused = model.wte.weight.device.type in ("cpu", "cuda")
+    return torch.optim.AdamW([g for g in groups.values() if g["params"]], betas=(0.9, 0.95), fused=fused)
 
 
 def schedule(step: int, warmup: int, steps: int) -> float:
@@ -176,6 +173,36 @@ def schedule(step: int, warmup: int, steps: int) -> float:
     if step < warmup:
         return (step + 1) / (warmup + 1)
     return 0.1 + 0.45 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Several processes (torchrun): every rank trains on its part of each batch; rank 0 prints, evaluates and writes
+
+
+def join_ranks(device: torch.device) -> tuple[torch.device, int, int]:
+    """This process's device, rank and the number of processes, as torchrun's environment variables say."""
+    rank, ranks = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    if ranks > 1:
+        if device.type == "cuda":
+            device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+            torch.cuda.set_device(device)
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    if rank > 0:
+        sys.stdout = open(os.devnull, "w")
+    return device, rank, ranks
+
+
+def first_rank() -> bool:
+    return not dist.is_initialized() or dist.get_rank() == 0
+
+
+def mean_over_ranks(values: list[float], device: torch.device) -> list[float]:
+    """The mean of each value over all processes; waits for all of them."""
+    if not dist.is_initialized():
+        return values
+    tensor = torch.tensor(values, dtype=torch.float64, device=device)
+    dist.all_reduce(tensor)
+    return (tensor / dist.get_world_size()).tolist()
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -203,11 +230,13 @@ def graceful_stop():
 
 def train_step(model, optimizer, batch, device, dtype, grad_accum: int) -> float:
     """One optimizer step on inputs and targets (B, T), cut in grad_accum parts; the mean loss before it, in nats."""
-    total = 0.0
-    for x, y in zip(*(part.chunk(grad_accum) for part in batch)):
-        with torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
-            loss = model(x.to(device), y.to(device))[1] / grad_accum
-        loss.backward()
+    total, parts = 0.0, list(zip(*(half.chunk(grad_accum) for half in batch)))
+    for x, y in parts:
+        wait = isinstance(model, DistributedDataParallel) and x is not parts[-1][0]  # ranks meet in the last part
+        with model.no_sync() if wait else nullcontext():
+            with torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
+                loss = model(x.to(device), y.to(device))[1] / grad_accum
+            loss.backward()
         total += loss.detach()
     kinds = {True: [], False: []}  # banks are clipped apart: neither kind's gradients shall scale the other's down
     for group in optimizer.param_groups:
@@ -218,21 +247,6 @@ def train_step(model, optimizer, batch, device, dtype, grad_accum: int) -> float
     optimizer.step()
     optimizer.zero_grad()
     return total.item()
-
-
-def step_seconds(model: GPT, train: Split, s: dict, device: torch.device) -> float:
-    """Seconds one optimizer step will take, roughly, from a trial of one part of its batch."""
-    for _ in range(2):  # a first call is slow; but if it takes long, what was slow about it does not matter
-        start = time.perf_counter()
-        x, y = get_batch(train.tokens, 0, s["batch_size"] // s["grad_accum"], s["block_size"], s["seed"])
-        with torch.autocast(device.type, dtype=getattr(torch, s["dtype"]), enabled=s["dtype"] != "float32"):
-            loss = model(x.to(device), y.to(device))[1]
-        loss.backward()
-        loss.item()  # waits for a GPU
-        if (seconds := time.perf_counter() - start) > 5:
-            break
-    model.zero_grad()
-    return seconds * s["grad_accum"]
 
 
 def fit(model: GPT, data: dict[str, Split], s: dict, state: dict, out: str, device: torch.device) -> None:
@@ -248,20 +262,25 @@ def fit(model: GPT, data: dict[str, Split], s: dict, state: dict, out: str, devi
     state |= {name: s[name] for name in ("tokenizer", "dataset", "data_dir")} | {"settings": s, "method": s["upscale"]}
     dtype, step_tokens = getattr(torch, s["dtype"]), s["batch_size"] * s["block_size"]
     train, some = data["train"].tokens, data["valid"].tokens[: 64 * s["block_size"] + 1]
-    compiled = torch.compile(model) if s["compile"] else model
-    with open(f"{os.path.splitext(out)[0]}.jsonl", "w") as log, graceful_stop() as stop:
+    rank, ranks = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    wrapped = DistributedDataParallel(model) if ranks > 1 else model
+    wrapped = torch.compile(wrapped) if s["compile"] else wrapped
+    log_file = os.devnull if rank else f"{os.path.splitext(out)[0]}.jsonl"
+    bar = tqdm(total=s["steps"], initial=state["step"], unit="step", disable=None if rank == 0 else True)
+    with open(log_file, "w") as log, graceful_stop() as stop, bar:
         log.writelines(json.dumps(entry) + "\n" for entry in state["history"])
-        bar = tqdm(total=s["steps"], initial=state["step"], unit="step", disable=None)
         while state["step"] < s["steps"]:
             start = time.perf_counter()
             for group in optimizer.param_groups:
                 group["lr"] = group["peak_lr"] * schedule(state["step"], s["warmup"], s["steps"])
             batch = get_batch(train, state["step"], s["batch_size"], s["block_size"], s["seed"])
-            loss = train_step(compiled, optimizer, batch, device, dtype, s["grad_accum"])
+            batch = [half.chunk(ranks)[rank] for half in batch]
+            loss = train_step(wrapped, optimizer, batch, device, dtype, s["grad_accum"])
+            loss, stopping = mean_over_ranks([loss, bool(stop)], device)
             state["step"] += 1
             state["seconds"] += time.perf_counter() - start
             entry = {"step": state["step"], "loss": loss}
-            if state["step"] % s["eval_every"] == 0:
+            if rank == 0 and state["step"] % s["eval_every"] == 0:
                 nll, tokens = sum_nll(model, some)
                 entry["valid_loss"] = nll / tokens
                 rate = state["step"] * step_tokens / state["seconds"]
@@ -270,41 +289,16 @@ def fit(model: GPT, data: dict[str, Split], s: dict, state: dict, out: str, devi
             state["history"].append(entry)
             log.write(json.dumps(entry) + "\n")
             bar.update()
-            if stop or state["step"] % s["save_every"] == 0 or state["step"] == s["steps"]:
+            if rank == 0 and (stopping or state["step"] % s["save_every"] == 0 or state["step"] == s["steps"]):
                 state["optimizer"] = optimizer.state_dict()
                 save_checkpoint(out, model, **state)
                 log.flush()
-            if stop:
+            if stopping:
                 raise KeyboardInterrupt(f"interrupted; {out} is saved at step {state['step']} of {s['steps']}")
 
 
 # ---------------------------------------------------------------------------------------------------------------
 # One run
-
-
-def row(label: str, model: GPT, valid: Split, state: dict | None = None, s: dict | None = None) -> dict:
-    """A row of the closing table; with state and settings also what the training cost."""
-    size = {name: sum(p.numel() for p in params) for name, params in (
-        ("parameters", model.parameters()),
-        ("added", (p for i in model.config.new for p in model.h[i].parameters())),
-        ("trained", (p for p in model.parameters() if p.requires_grad)),
-    )}  # fmt: skip
-    nll, tokens = sum_nll(model, valid.tokens, desc=f"validating {label}")
-    done = {"label": label, **size, "perplexity": math.exp(nll / tokens)}
-    if state:
-        done["rate"] = state["step"] * s["batch_size"] * s["block_size"] / state["seconds"]
-        done["memory"] = peak_memory(model.wte.weight.device)
-    return done
-
-
-def print_table(rows: list[dict], valid: Split) -> None:
-    print(f"\nperplexity: token-level, validation split, {len(valid.tokens) - 1:,} tokens")
-    line = "{:20}{:>14}{:>12}{:>14}{:>12}{:>10}{:>13}".format
-    print(line("", "parameters", "added", "trained", "perplexity", "tokens/s", "peak memory"))
-    for r in rows:
-        cost = (f"{r['rate']:,.0f}", f"{r['memory'] / 2**20:,.0f} MiB") if "rate" in r else ("-", "-")
-        counts = (f"{r[name]:,}" for name in ("parameters", "added", "trained"))
-        print(line(r["label"], *counts, f"{r['perplexity']:.4f}", *cost))
 
 
 def scratch_base(s: dict, data: dict[str, Split], device: torch.device) -> GPT:
@@ -343,7 +337,9 @@ def begin(s: dict, data: dict[str, Split], device: torch.device, base: GPT | Non
     torch.manual_seed(s["seed"])
     state, model = {"step": 0, "history": [], "rows": [], "seconds": 0.0}, base or GPT(scratch_config(s))
     if s["upscale"] != "none":
-        state["rows"].append(row("base", base.to(device).requires_grad_(False), data["valid"]))
+        base.to(device).requires_grad_(False)
+        if first_rank():
+            state["rows"].append(row("base", base, data["valid"]))
         model = deepen(base, s)
         print(summary(base, model))
     return model, state
@@ -353,21 +349,22 @@ def run(s: dict, out: str, data: dict[str, Split], device: torch.device, model: 
     """Trains model from state to the end of the run, and prints what it does before and the table after."""
     label = "training" if s["upscale"] == "none" else s["upscale"]
     set_trainable(model.to(device), s["train"])
-    if state["step"] == 0:
+    if first_rank() and state["step"] == 0:
         state["rows"].append(row(f"{label}, start", model, data["valid"]))
-    start = state["rows"][-1]
-    print(f"training {start['trained']:,} of {start['parameters']:,} parameters on {device}, {s['dtype']}: "
-          f"{s['tokens']:,} tokens of {s['dataset']} ({s['tokenizer']}), steps {state['step']} to {s['steps']}, "
-          f"writing {out}")  # fmt: skip
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    print(f"training {trained:,} parameters on {device}, {s['dtype']}: {s['tokens']:,} tokens of {s['dataset']} "
+          f"({s['tokenizer']}), steps {state['step']} to {s['steps']}, writing {out}")  # fmt: skip
     minutes = (s["steps"] - state["step"]) * step_seconds(model, data["train"], s, device) / 60
     print(f"this will take about {minutes:,.1f} min, validation not counted")
     fit(model, data, s, state, out, device)
-    print_table([*state["rows"], row(f"{label}, end", model, data["valid"], state, s)], data["valid"])
+    if first_rank():
+        print_table([*state["rows"], row(f"{label}, end", model, data["valid"], state, s)], data["valid"])
 
 
 def main() -> None:
     args = parse_arguments()
-    device, base = pick_device(args.device), None
+    device, rank, ranks = join_ranks(pick_device(args.device))
+    base = None
     if not os.path.isdir(os.path.dirname(args.out) or "."):
         raise ValueError(f"--out {args.out}: there is no such folder")
     if args.resume:
@@ -383,14 +380,19 @@ def main() -> None:
     else:
         if os.path.exists(args.out) and not args.overwrite:
             raise ValueError(f"{args.out} exists; add --resume to go on with it, --overwrite to replace it, or --out")
-        s, base = settle(args, device)
+        s, base = settle(args, device, ranks)
     print("settings:", ", ".join(f"{name} {value}" for name, value in s.items()))
-    data = load_dataset(s["dataset"], s["tokenizer"], s["data_dir"], ("train", "valid"))
+    for first in (True, False):  # rank 0 downloads and tokenizes, the others find it done
+        if (rank == 0) == first:
+            data = load_dataset(s["dataset"], s["tokenizer"], s["data_dir"], ("train", "valid"))
+        mean_over_ranks([], device)
     get_batch(data["train"].tokens, 0, 1, s["block_size"], 0)  # refuses a split that is too short
     if not args.resume:
         model, state = begin(s, data, device, base)
     del base  # up-scaling copied it
     run(s, args.out, data, device, model, state)
+    if ranks > 1:
+        dist.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -154,6 +154,25 @@ def test_methods_that_start_as_the_base_see_the_same_batches(here, monkeypatch):
     assert all(abs(a - b) < 0.1 for a, b in zip(*losses.values(), strict=True))
 
 
+def test_two_processes_train_like_one(here, monkeypatch, root):
+    """The same global batch on two gloo processes and on one, 20 steps in fp32."""
+    arguments = command(*TINY, *MIDUS, "--train", "all", "--tokens", "1280", "--dtype", "float32", "--device", "cpu")
+    assert call(monkeypatch, *arguments, "--out", "one.pt") == 0
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(root / "train.py")]
+    run = subprocess.run(
+        [*launch, *arguments[1:]],
+        capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )  # fmt: skip
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.count("midus, end") == 1  # only rank 0 prints
+    (one, a), (two, b) = load_checkpoint("one.pt"), load_checkpoint("ckpt.pt")
+    assert a["step"] == b["step"] == 20
+    for x, y in zip(a["history"], b["history"], strict=True):
+        assert x["loss"] == pytest.approx(y["loss"], abs=1e-5)
+    for x, y in zip(one.parameters(), two.parameters(), strict=True):
+        torch.testing.assert_close(x, y, atol=1e-4, rtol=0)
+
+
 def make(method="midus"):
     torch.manual_seed(0)
     base = GPT(GPTConfig(2, 2, 32, 16, 257))

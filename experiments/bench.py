@@ -1,0 +1,446 @@
+"""
+What a memory block costs: against a copied block, against other memory layers, in a whole model, and as it grows.
+
+    python experiments/bench.py                         all tables (about 15 minutes on two CPU cores)
+    python experiments/bench.py --tables blocks --threads 2 --dtype bfloat16
+    python experiments/bench.py --quick --json out.json
+
+Machines are noisy, so what counts are ratios: the contestants run in turn, each repetition gives one ratio, and the
+median stands with the smallest and largest in brackets. On a CPU with one thread, time is process time, else wall
+time. Memory is the growth of the process's peak (Linux), or the peak that CUDA
+reports. Parameters, operations and bytes are counted, not measured. Shape names: see hml.py.
+"""
+
+import argparse
+import ctypes
+import gc
+import json
+import math
+import os
+import platform
+import statistics
+import sys
+import tempfile
+import time
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+from tqdm import tqdm
+
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+from hml import HeadwiseMemory, candidate_pairs, topk_indices
+import train
+from data import Split
+from model import GPT, GPTConfig, MemoryBlock, TransformerBlock, pick_device, run_command
+from train import get_batch, make_optimizer, train_step
+from upscale import count, set_trainable, upscale
+
+SIZES = ((64, 8), (128, 16), (128, 32))  # (n_keys, top_k)
+C, H, D_V = 768, 12, 64  # GPT-2 124M's width and heads; the latent width of its memory
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Measuring
+
+
+class Bench:
+    """Where and how to measure: device, dtype (by autocast), threads, repetitions."""
+
+    def __init__(self, device: torch.device, dtype: torch.dtype, threads: int, repeats: int):
+        self.device, self.dtype, self.repeats = device, dtype, repeats
+        self.clock = time.process_time if device.type == "cpu" and threads == 1 else time.perf_counter
+        torch.set_num_threads(threads)
+
+    def run(self, function) -> float:
+        """Seconds of one call."""
+        self.sync()
+        start = self.clock()
+        with torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype != torch.float32):
+            function()
+        self.sync()
+        return self.clock() - start
+
+    def sync(self) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+
+    def turns(self, functions: dict) -> dict[str, list[float]]:
+        """Seconds of each function, called in turn `repeats` times after one warm-up."""
+        for function in functions.values():
+            self.run(function)
+        times = {name: [] for name in functions}
+        for _ in range(self.repeats):
+            for name, function in functions.items():
+                times[name].append(self.run(function))
+        return times
+
+    def peak(self, function) -> float:
+        """MiB by which one call raises the peak above what is held before; nan where the system does not tell."""
+        gc.collect()
+        if self.device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+            before = torch.cuda.memory_allocated()
+            self.run(function)
+            return (torch.cuda.max_memory_allocated() - before) / 2**20
+        try:
+            ctypes.CDLL("libc.so.6").malloc_trim(0)  # hands freed memory back, so that its reuse is seen
+            with open("/proc/self/clear_refs", "w") as file:
+                file.write("5")  # resets the peak
+            before = status("VmRSS")
+            self.run(function)
+            return (status("VmHWM") - before) / 1024
+        except OSError:
+            return math.nan
+
+
+def status(field: str) -> int:
+    """A field of this process's status, in KiB (Linux)."""
+    with open("/proc/self/status") as file:
+        return next(int(line.split()[1]) for line in file if line.startswith(field))
+
+
+def ratio(a: list[float], b: list[float]) -> dict:
+    """Of the paired ratios a / b: median, min, max."""
+    ratios = [x / y for x, y in zip(a, b)]
+    return {"median": statistics.median(ratios), "min": min(ratios), "max": max(ratios)}
+
+
+def show(value) -> str:
+    if isinstance(value, dict):
+        return f"{value['median']:.2f} [{value['min']:.2f}, {value['max']:.2f}]"
+    return f"{value:,.3g}" if isinstance(value, float) and abs(value) < 100 else f"{value:,.0f}" if isinstance(value, float) else str(value)
+
+
+def table(title: str, rows: list[dict]) -> dict:
+    """Prints rows as a Markdown table; returns them with their title."""
+    print(f"\n### {title}\n\n| {' | '.join(rows[0])} |\n|{' --- |' * len(rows[0])}")
+    for row in rows:
+        print(f"| {' | '.join(show(value) for value in row.values())} |")
+    return {"title": title, "rows": rows}
+
+
+def step(module: nn.Module, x: torch.Tensor):
+    """A training step's forward and backward through module."""
+
+    def call():
+        module.zero_grad()
+        x.grad = None
+        module(x).float().square().mean().backward()
+
+    return call
+
+
+def infer(module: nn.Module, *inputs):
+    @torch.no_grad()
+    def call():
+        module(*inputs)
+
+    return call
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# 1. Block against block
+
+
+def block_costs(T: int, n: int, k: int) -> dict[str, dict[str, float]]:
+    """Counted, per token, forward: parameters, multiply-adds (mean over T), and bytes of parameters read (fp32)."""
+    attention = T / 2 * C * 2  # scores and weighted sum over the tokens so far
+    copied, qkv = 12 * C * C + 13 * C, 3 * C * C + 5 * C
+    memory = qkv + C * n + n * n * D_V + C * D_V
+    read = qkv + C * n + C * D_V + H * k * D_V  # the bank is only read where it is looked up
+    return {
+        "copied": {"parameters": copied, "madds": 12 * C * C + attention, "bytes": 4 * copied},
+        "memory": {"parameters": memory, "madds": 3 * C * C + attention + C * n + H * k * D_V + C * D_V, "bytes": 4 * read},
+    }
+
+
+def make_blocks(b: Bench, n: int, k: int):
+    torch.manual_seed(0)
+    config = GPTConfig(2, H, C, 4096, 256, "TM", n_keys=n, top_k=k, d_latent=D_V)
+    copied, memory = TransformerBlock(config).to(b.device), MemoryBlock(config).to(b.device)
+    nn.init.normal_(memory.memory.hive.bank, std=0.02)  # as after some training
+    return copied, memory
+
+
+def blocks(b: Bench, quick: bool) -> list[dict]:
+    """Copied transformer block, memory block, its FFN alone, HML alone; training, inference, one-token decoding."""
+    rows = []
+    for n, k in SIZES[:1] if quick else SIZES:
+        copied, memory = make_blocks(b, n, k)
+        for T in tqdm((128,) if quick else (128, 256, 512, 1024, 2048, 4096), desc=f"blocks {n}, {k}", disable=None):
+            x = torch.randn(1, T, C, device=b.device, requires_grad=True)
+            heads = torch.randn(1, T, H, C // H, device=b.device, requires_grad=True)
+            parts = {"copied": (copied, x), "memory": (memory, x), "FFN": (copied.mlp, x), "HML": (memory.memory, heads)}
+            train = b.turns({name: step(*part) for name, part in parts.items()})
+            test = b.turns({name: infer(*part) for name, part in parts.items()})
+            kept = {"k": torch.randn(1, H, T, C // H, device=b.device), "v": torch.randn(1, H, T, C // H, device=b.device)}
+            one = torch.randn(1, 1, C, device=b.device)
+            decode = b.turns({name: lambda m=m: infer(m, one, dict(kept))() for name, (m, _) in list(parts.items())[:2]})
+            costs = block_costs(T, n, k)
+            rows.append({
+                "n, k": f"{n}, {k}", "T": T,
+                "train ms copied": statistics.median(train["copied"]) * 1e3,
+                "train ms memory": statistics.median(train["memory"]) * 1e3,
+                "train memory/copied": ratio(train["memory"], train["copied"]),
+                "infer memory/copied": ratio(test["memory"], test["copied"]),
+                "decode memory/copied": ratio(decode["memory"], decode["copied"]),
+                "train HML/FFN": ratio(train["HML"], train["FFN"]),
+                "infer HML/FFN": ratio(test["HML"], test["FFN"]),
+                "MiB copied": b.peak(step(copied, x)), "MiB memory": b.peak(step(memory, x)),
+                "operations": costs["memory"]["madds"] / costs["copied"]["madds"],
+                "bytes/token": costs["memory"]["bytes"] / costs["copied"]["bytes"],
+                "parameters": costs["memory"]["parameters"] / costs["copied"]["parameters"],
+            })  # fmt: skip
+    return [table("Block against block (last three columns: memory / copied, counted)", rows)]
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# 2. HML against other memory layers
+
+
+class Textbook(HeadwiseMemory):
+    """The same layer as usually written: all k * k sums, a table of their slots, gather and einsum."""
+
+    def forward(self, heads):
+        keys, k = self.product_keys, self.product_keys.top_k
+        halves = heads.unflatten(-1, (2, -1))  # (B, T, H, 2, d_h/2)
+        scores = torch.einsum("bthsd,shnd->sbthn", halves, keys.keys)  # (2, B, T, H, n)
+        (row, col), (rows, cols) = scores.topk(k, dim=-1)  # each (B, T, H, k)
+        sums = (row[..., :, None] + col[..., None, :]).flatten(-2)  # (B, T, H, k * k)
+        slots = (rows[..., :, None] * scores.size(-1) + cols[..., None, :]).flatten(-2)  # (B, T, H, k * k), int64
+        best, at = sums.topk(k, dim=-1)  # (B, T, H, k)
+        entries = F.embedding(slots.gather(-1, at), self.hive.bank)  # (B, T, H, k, d_v)
+        z = torch.einsum("bthk,bthkv->bthv", best.softmax(-1), entries)
+        return torch.einsum("bthv,hvd->bthd", z, self.hive.proj).flatten(2)
+
+
+def layers(b: Bench, quick: bool) -> list[dict]:
+    """Forward and backward of HML, its textbook form, and product-key-memory from PyPI where it is installed."""
+    rows, T = [], 128 if quick else 512
+    for n, k in SIZES[:1] if quick else SIZES:
+        torch.manual_seed(0)
+        ours, textbook = (cls(H, C // H, n, k, D_V).to(b.device) for cls in (HeadwiseMemory, Textbook))
+        textbook.load_state_dict(ours.state_dict())
+        heads = torch.randn(1, T, H, C // H, device=b.device, requires_grad=True)
+        functions = {"ours": step(ours, heads), "textbook": step(textbook, heads)}
+        try:
+            from product_key_memory import PKM
+
+            theirs = PKM(C, heads=H, num_keys=n, topk=k, dim_head=C // H).to(b.device)
+            x = torch.randn(1, T, C, device=b.device, requires_grad=True)
+            functions["product-key-memory"] = step(theirs, x)
+        except ImportError:
+            print("product-key-memory is not installed; pip install product-key-memory to compare with it")
+        times = b.turns(functions)
+        peaks = {name: b.peak(function) for name, function in functions.items()}
+        for name in functions:
+            rows.append({"n, k": f"{n}, {k}", "layer": name, "ms": statistics.median(times[name]) * 1e3,
+                         "time / ours": ratio(times[name], times["ours"]), "peak MiB": peaks[name],
+                         "peak / ours": peaks[name] / peaks["ours"]})  # fmt: skip
+    return [table(f"HML against other memory layers, forward + backward, T={T} (product-key-memory also projects its "
+                  f"queries and reads values of width {C}; ours {D_V})", rows)]  # fmt: skip
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# 3. Whole model
+
+
+def frozen_ceiling(model: GPT, T: int) -> float:
+    """By how much freezing the base can speed training up, counting multiply-adds: all / new only.
+
+    Trained whole, every product costs three times its forward: itself, its input's gradient, its weight's. With a
+    frozen base, blocks below the first new one need no backward, old ones above it no weight gradient.
+    """
+    c, all_cost, new_cost = model.config, 0.0, 0.0
+    for i, kind in enumerate(c.blocks):
+        weights = sum(p.numel() for name, p in model.h[i].named_parameters() if "bank" not in name)
+        attention = T * c.n_embd
+        all_cost += 3 * (weights + attention)
+        new_cost += weights * (3 if i in c.new else 2 if i > min(c.new) else 1)
+        new_cost += attention * (3 if i >= min(c.new) else 1)
+    head = c.n_embd * c.vocab_size
+    return (all_cost + 3 * head) / (new_cost + 2 * head)
+
+
+def whole(b: Bench, quick: bool) -> list[dict]:
+    """Tokens per second of continual pre-training and of generation; what train.py's step spends besides."""
+    T, B = (32, 2) if quick else (256, 8)
+    torch.manual_seed(0)
+    base = GPT(GPTConfig(6, 4, 256, 1024, 4097)).to(b.device)
+    text = np.random.default_rng(0).integers(0, 4097, 100_000).astype(np.uint16)
+    functions, models = {}, {}
+    for method, which in (("none", "all"), ("llama-pro", "new"), ("llama-pro", "all"), ("midus", "new"), ("midus", "all")):
+        name, memory = f"{method}, {which}", {"n_keys": 64, "top_k": 8} if method == "midus" else {}
+        model = models[name] = upscale(base, method, **memory) if method != "none" else base
+        set_trainable(model, which)
+        optimizer, batch = make_optimizer(model, 1e-3, 1e-2, 0.1), get_batch(text, 0, B, T, 0)
+        functions[name] = lambda m=model, o=optimizer, x=batch: train_step(m, o, x, b.device, torch.float32, 1)
+    times = b.turns(functions)
+    rows = []
+    for name, t in times.items():
+        whole_model = name.replace("new", "all")
+        rows.append({"method, trained": name, "tokens/s": B * T / statistics.median(t),
+                     "speed / the same trained whole": ratio(times[whole_model], t),
+                     "ceiling by counting": frozen_ceiling(models[name], T) if "new" in name else 1.0,
+                     "speed / none": ratio(times["none, all"], t)})  # fmt: skip
+    tables = [table(f"Continual pre-training: 6 layers, C=256, vocabulary 4,097, B={B}, T={T}", rows)]
+
+    tokens, new = torch.zeros(1, 1, dtype=torch.long, device=b.device), 32 if quick else 512
+
+    @torch.no_grad()
+    def uncached(model):
+        out = tokens
+        for _ in range(new):
+            out = torch.cat((out, model(out)[0][:, -1:].argmax(-1)), 1)
+
+    rows = []
+    for name in ("none, all", "llama-pro, new", "midus, new"):
+        model = models[name]
+        t = b.turns({"cached": lambda m=model: m.generate(tokens, new, temperature=0), "uncached": lambda m=model: uncached(m)})
+        rows.append({"model": name.split(",")[0], "tokens/s cached": new / statistics.median(t["cached"]),
+                     "tokens/s uncached": new / statistics.median(t["uncached"]),
+                     "cached / uncached speed": ratio(t["uncached"], t["cached"])})  # fmt: skip
+    tables.append(table(f"Generation of {new} tokens, greedy", rows))
+    return tables
+
+
+def overhead(b: Bench, quick: bool) -> list[dict]:
+    """What share of a step of train.py's loop is spent outside forward, backward and optimizer."""
+    rows = []
+    for label, shape, T, B in (("tiny", (4, 4, 128), 64, 16), ("small", (6, 4, 256), 256, 16))[: 1 if quick else 2]:
+        torch.manual_seed(0)
+        model = upscale(GPT(GPTConfig(*shape, T, 4097)).to(b.device), "midus", n_keys=32, top_k=8)
+        set_trainable(model, "new")
+        optimizer = make_optimizer(model, 1e-3, 1e-2, 0.1)
+        text = np.random.default_rng(0).integers(0, 4097, 100_000).astype(np.uint16)
+        settings = dict(lr=1e-3, memory_lr=1e-2, weight_decay=0.1, batch_size=B, block_size=T, grad_accum=1, seed=0,
+                        dtype="float32", compile=False, steps=5 * b.repeats, warmup=1, eval_every=10**9,
+                        save_every=10**9, tokenizer="bytes", dataset="none", data_dir="", upscale="midus")  # fmt: skip
+        x, y = get_batch(text, 0, B, T, 0)
+
+        def core(model=model, optimizer=optimizer, x=x, y=y):
+            for _ in range(settings["steps"]):
+                model(x.to(b.device), y.to(b.device))[1].backward()
+                optimizer.step()
+                optimizer.zero_grad()
+
+        def loop(model=model):
+            split = Split(text, 0, 0)
+            with tempfile.TemporaryDirectory() as folder:
+                state = {"step": 0, "history": [], "rows": [], "seconds": 0.0}
+                saved = train.save_checkpoint
+                train.save_checkpoint = lambda *args, **info: None  # saving does not count
+                try:
+                    train.fit(model, {"train": split, "valid": split}, settings, state, f"{folder}/x.pt", b.device)
+                finally:
+                    train.save_checkpoint = saved
+
+        several = Bench(b.device, torch.float32, torch.get_num_threads(), 3)
+        t = several.turns({"core": core, "loop": loop})
+        rows.append({"model": label, "loop / (forward + backward + optimizer)": ratio(t["loop"], t["core"])})
+    return [table("train.py's loop against its three necessary parts", rows)]
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# 4. Where the time goes
+
+
+def profile(b: Bench, quick: bool) -> list[dict]:
+    """The parts of HML's forward, each beside the bound that memory or arithmetic sets on this machine."""
+    a = torch.randn(512 if quick else 2048, 512 if quick else 2048, device=b.device)
+    big, to = torch.empty(1 << (20 if quick else 26), device=b.device), torch.empty(1 << (20 if quick else 26), device=b.device)
+    t = b.turns({"product": lambda: a @ a, "copy": lambda: to.copy_(big)})
+    flops = 2 * a.size(0) ** 3 / statistics.median(t["product"])
+    bandwidth = 2 * big.nbytes / statistics.median(t["copy"])
+    print(f"\nlarge matrix product {flops / 1e9:,.0f} GFLOP/s, large copy {bandwidth / 1e9:,.1f} GB/s (read + written)")
+    rows, T = [], 128 if quick else 512
+    for n, k in SIZES[:1] if quick else SIZES:
+        torch.manual_seed(0)
+        memory = HeadwiseMemory(H, C // H, n, k, D_V).to(b.device)
+        keys, hive, i_j = memory.product_keys.keys.detach(), memory.hive, candidate_pairs(k, b.device)
+        halves = torch.randn(1, T, H, 2, C // H // 2, device=b.device)
+        scores = torch.einsum("bthsd,shnd->sbthn", halves, keys)
+        best = [topk_indices(half, k) for half in scores]
+        weights, slots = memory.read(halves.flatten(-2))
+        z = hive.pool_fast(weights, slots)
+        P, reads = len(i_j[0]), T * H * k
+
+        def pairs():
+            sums = scores[0].gather(-1, best[0])[..., i_j[0]] + scores[1].gather(-1, best[1])[..., i_j[1]]
+            winners = topk_indices(sums, k)
+            rows, cols = best[0].gather(-1, i_j[0][winners]), best[1].gather(-1, i_j[1][winners])
+            return (scores[0].gather(-1, rows) + scores[1].gather(-1, cols)).softmax(-1), rows * n + cols
+
+        parts = {  # function, floating-point operations, bytes
+            "scores": (lambda: torch.einsum("bthsd,shnd->sbthn", halves, keys), 2 * T * C * n, 4 * (T * C + C * n + 2 * T * H * n)),
+            "first top-k": (lambda: [topk_indices(half, k) for half in scores], 0, 4 * 2 * T * H * n + 8 * 2 * reads),
+            "pairs": (pairs, T * H * P, 4 * T * H * P + 8 * 3 * reads),
+            "bank read": (lambda: hive.pool_fast(weights, slots), 2 * reads * D_V, 4 * reads * D_V + 12 * reads),
+            "projection": (lambda: torch.einsum("bthv,hvd->bthd", z, hive.proj), 2 * T * C * D_V, 4 * (T * H * D_V + C * D_V + T * C)),
+            "forward, whole": (lambda: memory(halves.flatten(-2)), 0, 0),
+            "forward + backward": (step(memory, halves.flatten(-2).requires_grad_()), 0, 0),
+        }  # fmt: skip
+        with torch.no_grad():
+            t = b.turns({name: part[0] for name, part in parts.items() if "backward" not in name})
+        t |= b.turns({name: part[0] for name, part in parts.items() if "backward" in name})
+        for name, (_, operations, touched) in parts.items():
+            bound = max(operations / flops, touched / bandwidth) * 1e3
+            rows.append({"n, k": f"{n}, {k}", "part": name, "ms": statistics.median(t[name]) * 1e3,
+                         "share of forward": ratio(t[name], t["forward, whole"]),
+                         "bound ms": bound if operations + touched else "-"})  # fmt: skip
+    return [table(f"Where HML's time goes, T={T}", rows)]
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# 5. How the cost grows
+
+
+def growth(b: Bench, quick: bool) -> list[dict]:
+    """Time and memory of HML as one of n_keys, top_k, T, H grows and the rest stays."""
+    standard, rows = {"n": 128, "k": 16, "T": 512, "H": 12}, []
+    grid = {"n": (32, 64, 128, 256, 512, 1024), "k": (4, 8, 16, 32, 64), "T": (128, 256, 512, 1024, 2048), "H": (3, 6, 12, 24)}
+    for name, values in grid.items():
+        for value in values[:2] if quick else values:
+            s = standard | {name: value}
+            memory = HeadwiseMemory(s["H"], 64, s["n"], s["k"], D_V).to(b.device)
+            heads = torch.randn(1, s["T"], s["H"], 64, device=b.device, requires_grad=True)
+            t = b.turns({"infer": infer(memory, heads), "train": step(memory, heads)})
+            rows.append({"grows": name, "value": value, "slots": s["n"] ** 2,
+                         "infer ms": statistics.median(t["infer"]) * 1e3, "train ms": statistics.median(t["train"]) * 1e3,
+                         "peak MiB": b.peak(step(memory, heads)),
+                         "parameters (MiB)": sum(p.numel() for p in memory.parameters()) * 4 / 2**20})  # fmt: skip
+    return [table("Growth: others at n=128, k=16, T=512, H=12, d_h=64", rows)]
+
+
+TABLES = {"blocks": blocks, "layers": layers, "whole": whole, "overhead": overhead, "profile": profile, "growth": growth}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="What a memory block costs.")
+    parser.add_argument("--tables", nargs="+", choices=TABLES, default=list(TABLES), help="(default: all)")
+    parser.add_argument("--device", help="cpu, cuda or mps (default: the best there is)")
+    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of autocast")
+    parser.add_argument("--threads", type=count, default=1, help="CPU threads (default 1)")
+    parser.add_argument("--repeats", type=count, default=9, help="repetitions of each measurement (default 9)")
+    parser.add_argument("--quick", action="store_true", help="one small case of each table, to see that it runs")
+    parser.add_argument("--json", help="also write the tables to this file")
+    args = parser.parse_args()
+    device = pick_device(args.device)
+    b = Bench(device, getattr(torch, args.dtype), args.threads, 2 if args.quick else args.repeats)
+    machine = f"{platform.machine()}, {os.cpu_count()} cores, {device}"
+    if device.type == "cuda":
+        machine += f" ({torch.cuda.get_device_name()})"
+    about = (f"{machine}; {args.threads} thread(s), {args.dtype}, {b.repeats} repetitions; Python "
+             f"{platform.python_version()}, torch {torch.__version__}, numpy {np.__version__}")  # fmt: skip
+    print(f"{about}\nC={C}, H={H}, d_v={D_V}, B=1; ratios: median [smallest, largest]")
+    done = [made for name in args.tables for made in TABLES[name](b, args.quick)]
+    if args.json:
+        with open(f"{args.json}.tmp", "w") as file:
+            json.dump({"about": about, "tables": done}, file, indent=1)
+        os.replace(f"{args.json}.tmp", args.json)
+
+
+if __name__ == "__main__":
+    run_command(main)
