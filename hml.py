@@ -24,21 +24,24 @@ Shape names, the same in every file:
     C    n_embd = H * d_h          d_v  width of an entry of the bank (d_latent)
     d_h  width of a head           P    pairs of ranks that can be among the k best
 
-Query, key and value are the memory's here; attention has come before and left the heads' outputs. The file goes from
-the small to the whole: product_key_topk, ProductKeys, HIVE, HeadwiseMemory. It imports nothing else of this repository.
+Query, key and value are the memory's here; attention has come before and left the heads' outputs. From the small to
+the whole: product_key_topk, ProductKeys, HIVE, HeadwiseMemory. Nothing else of this repository is imported.
 
 What it deliberately does not do: no query projection (the head's output *is* the query), no 1/sqrt(d) on the scores
 (the keys start that small instead), no output projection or gate, no residual (model.py's MemoryBlock adds one), no
-mixing between heads, no sparse gradients (Adam and gradient clipping refuse them), no counting of what was read
-(eval.py does that). Marks: [paper] from the paper, [report] from reports about it, [choice] ours.
+mixing between heads, no sparse gradients (Adam refuses them), no counting of what was read (eval.py does that).
+Marks: [paper] from the paper, [report] from reports about it, [choice] ours.
 """
 
+import warnings
 from functools import lru_cache
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta state")  # FastPool's
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -59,16 +62,12 @@ def candidate_pairs(k: int, device: torch.device) -> tuple[Tensor, Tensor]:
     [(0, 0), (0, 1), (0, 2), (1, 0), (2, 0)]
     """
     pairs = [(i, j) for i in range(k) for j in range(k // (i + 1))]  # 20 of 64 at k=8, 50 of 256 at k=16
-    i, j = torch.tensor(pairs, device=device).unbind(1)
-    return i, j
+    return torch.tensor(pairs, device=device).unbind(1)
 
 
 def topk_indices(scores: Tensor, k: int) -> Tensor:
-    """scores (..., n) -> the places (..., k) of the k largest, best first: scores.topk(k).indices.
-
-    That search would be half of the layer's time on a CPU, where numpy's sort of a short row takes a third of it.
-    Among equal scores the two may pick different places.
-    """
+    """scores (..., n) -> the places (..., k) of the k largest, best first: scores.topk(k).indices, but on CPUs, where
+    that would be half of the layer's time, by numpy's sort: a third of it. Ties may be broken differently."""
     numpy_sorts = scores.device.type == "cpu" and scores.dtype == torch.float32 and scores.size(-1) <= 512
     if not numpy_sorts or torch.compiler.is_compiling():
         return scores.topk(k, dim=-1).indices
@@ -97,10 +96,11 @@ def product_key_topk(row_scores: Tensor, col_scores: Tensor, k: int) -> tuple[Te
     with torch.no_grad():  # the search itself has no gradient; the winners' scores are gathered anew below
         best_rows, best_cols = topk_indices(row_scores, k), topk_indices(col_scores, k)  # both (..., k), best first
         i, j = candidate_pairs(k, row_scores.device)  # both (P,)
-        sums = row_scores.gather(-1, best_rows)[..., i] + col_scores.gather(-1, best_cols)[..., j]  # (..., P)
-        winners = topk_indices(sums, k)  # (..., k), each in 0..P-1
-        rows = best_rows.gather(-1, i[winners])  # (..., k): winner -> its rank in the row list -> its row
-        cols = best_cols.gather(-1, j[winners])  # (..., k)
+        i, j = (rank.expand(*best_rows.shape[:-1], -1) for rank in (i, j))  # both (..., P)
+        sums = row_scores.gather(-1, best_rows).gather(-1, i) + col_scores.gather(-1, best_cols).gather(-1, j)
+        winners = topk_indices(sums, k)  # sums (..., P) -> (..., k), each in 0..P-1
+        rows = best_rows.gather(-1, i.gather(-1, winners))  # (..., k): winner -> its rank in the row list -> its row
+        cols = best_cols.gather(-1, j.gather(-1, winners))  # (..., k)
     return row_scores.gather(-1, rows) + col_scores.gather(-1, cols), rows * n + cols
 
 
@@ -139,6 +139,30 @@ class ProductKeys(nn.Module):
 # 3. One bank for all heads, one small projection per head
 
 
+class FastPool(torch.autograd.Function):
+    """HIVE.pool for CPUs, faster. With R = B*T*H look-ups: weights, slots (R, k), bank (N, d_v) -> z (R, d_v)."""
+
+    @staticmethod
+    def forward(ctx, weights: Tensor, slots: Tensor, bank: Tensor) -> Tensor:
+        ctx.save_for_backward(weights, slots, bank)
+        return F.embedding_bag(slots, bank, per_sample_weights=weights, mode="sum")  # (R, d_v)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor) -> tuple[Tensor, None, Tensor]:
+        weights, slots, bank = ctx.saved_tensors
+        (R, k), reads, N = slots.shape, slots.flatten(), len(bank)  # reads (R * k,)
+        # A weight's gradient is grad[r] . bank[slot]: of the product grad @ bank.T, (R, N), only R * k places.
+        places = torch.arange(0, R * k + 1, k), reads, torch.zeros_like(weights).flatten()
+        places = torch.sparse_csr_tensor(*places, size=(R, N), check_invariants=False)
+        grad_weights = torch.sparse.sampled_addmm(places, grad, bank.T, beta=0).values().view(R, k)
+        # An entry's gradient is the sum of weight * grad[r] over all that read it: a bag again, one per entry.
+        order = reads.int().sort(stable=True).indices  # (R * k,): the reads, sorted by slot
+        counts = torch.bincount(reads, minlength=N)  # (N,): how many read each entry
+        bags = {"offsets": counts.cumsum(0) - counts, "per_sample_weights": weights.flatten()[order]}
+        grad_bank = F.embedding_bag(order // k, grad, mode="sum", **bags)  # (N, d_v)
+        return grad_weights, None, grad_bank
+
+
 class HIVE(nn.Module):
     """Head-wise implicit value expansion: turns the bank entries that a head found into that head's values.
 
@@ -159,10 +183,12 @@ class HIVE(nn.Module):
         return torch.einsum("bthk,bthkv->bthv", weights, entries)  # (B, T, H, d_v)
 
     def pool_fast(self, weights: Tensor, slots: Tensor) -> Tensor:
-        """The same in one kernel that never holds the k entries; 3-4 times faster on a CPU."""
-        # float(): embedding_bag refuses mixed dtypes, and has no bf16 backward on CUDA.
-        slots_flat, weights_flat = slots.flatten(0, 2), weights.flatten(0, 2)  # both (B*T*H, k)
-        z = F.embedding_bag(slots_flat, self.bank.float(), per_sample_weights=weights_flat, mode="sum")
+        """The same without holding the k entries. Always in fp32: the kernels refuse mixed dtypes and bf16 on CUDA."""
+        weights, rows, bank = weights.flatten(0, 2), slots.flatten(0, 2), self.bank.float()  # (B*T*H, k), twice
+        if slots.device.type == "cpu" and not torch.compiler.is_compiling():
+            z = FastPool.apply(weights, rows, bank)
+        else:
+            z = F.embedding_bag(rows, bank, per_sample_weights=weights, mode="sum")
         return z.view(*slots.shape[:3], -1)  # (B*T*H, d_v) -> (B, T, H, d_v)
 
     def forward(self, weights: Tensor, slots: Tensor) -> Tensor:
@@ -197,9 +223,7 @@ class HeadwiseMemory(nn.Module):
     first read; a zero entry says nothing until it has learned something.
     """
 
-    def __init__(
-        self, n_head: int, head_dim: int, n_keys: int, top_k: int, d_latent: int, query_norm: bool = False
-    ):
+    def __init__(self, n_head: int, head_dim: int, n_keys: int, top_k: int, d_latent: int, query_norm: bool = False):
         super().__init__()
         if min(n_head, head_dim, n_keys, d_latent) < 1:
             raise ValueError("n_head, head_dim, n_keys and d_latent must be at least 1")

@@ -40,6 +40,17 @@ def test_candidate_pairs_are_the_published_counts():
         assert len(hml.candidate_pairs(k, torch.device("cpu"))[0]) == pairs
 
 
+@pytest.mark.parametrize("n", [3, 64, 256, 600])
+def test_numpy_search_equals_torch_topk(n):
+    """On both sides of the length up to which numpy searches; equal slots where scores are distinct, else scores."""
+    distinct = torch.randn(4, 7, n, generator=torch.Generator().manual_seed(n))
+    assert torch.equal(hml.topk_indices(distinct, 3), distinct.topk(3).indices)
+    tied = (distinct * 2).round()
+    assert torch.equal(tied.gather(-1, hml.topk_indices(tied, 3)), tied.topk(3).values)
+    view = distinct.transpose(0, 1)  # not contiguous
+    assert torch.equal(hml.topk_indices(view, 3), view.topk(3).indices)
+
+
 def test_topk_gradients_reach_both_halves():
     row, col = torch.randn(2, 4, 9, dtype=torch.double).requires_grad_().unbind(0)
     assert torch.autograd.gradcheck(lambda r, c: product_key_topk(r, c, 3)[0], (row, col))
@@ -96,6 +107,30 @@ def test_fast_pool_equals_the_definition_forward_and_backward():
         results.append((z.detach(), weights.grad, hive.bank.grad))
     for slow, fast in zip(*results):
         torch.testing.assert_close(fast, slow)
+
+
+def test_fast_pool_passes_gradcheck():
+    torch.manual_seed(0)
+    weights, bank = torch.rand(6, 3, dtype=torch.double).requires_grad_(), torch.randn(9, 4, dtype=torch.double)
+    slots = torch.randint(0, 9, (6, 3))
+    assert torch.autograd.gradcheck(lambda w, b: hml.FastPool.apply(w, slots, b), (weights, bank.requires_grad_()))
+
+
+def test_layer_compiles_without_graph_breaks():
+    torch.manual_seed(0)
+    memory = HeadwiseMemory(2, 8, 6, 3, 4)
+    torch.nn.init.normal_(memory.hive.bank)
+    heads = torch.randn(2, 5, 2, 8, requires_grad=True)
+    compiled = torch.compile(memory, fullgraph=True, backend="aot_eager")
+    results = []
+    for layer in (memory, compiled):
+        memory.zero_grad()
+        out = layer(heads)
+        (heads_grad,) = torch.autograd.grad(out.square().sum(), heads, retain_graph=True)
+        out.square().sum().backward()
+        results.append((out.detach(), heads_grad, memory.hive.bank.grad.clone(), memory.hive.proj.grad.clone()))
+    for plain, fast in zip(*results):
+        torch.testing.assert_close(plain, fast)
 
 
 def test_hive_equals_a_value_table_per_head():
