@@ -128,9 +128,10 @@ class ProductKeys(nn.Module):
             query = query.float()
             if self.query_norm:
                 query = F.layer_norm(query, query.shape[-1:])  # (B, T, H, d_h), without weights of its own
-            halves = query.unflatten(-1, (2, -1))  # (B, T, H, 2, d_h/2)
-            # s counts the halves, and comes first in the result to be taken apart: row scores, column scores
-            row_scores, col_scores = torch.einsum("bthsd,shnd->sbthn", halves, self.keys.float())  # each (B, T, H, n)
+            first, second = query.chunk(2, dim=-1)  # each (B, T, H, d_h/2)
+            row_keys, col_keys = self.keys.float()  # each (H, n, d_h/2)
+            row_scores = torch.einsum("bthd,hnd->bthn", first, row_keys)  # (B, T, H, n)
+            col_scores = torch.einsum("bthd,hnd->bthn", second, col_keys)  # (B, T, H, n)
             scores, slots = product_key_topk(row_scores, col_scores, self.top_k)  # both (B, T, H, k)
             return scores.softmax(dim=-1), slots
 

@@ -309,24 +309,24 @@ def whole(b: Bench, quick: bool) -> list[dict]:
 def overhead(b: Bench, quick: bool) -> list[dict]:
     """What share of a step of train.py's loop is spent outside forward, backward and optimizer."""
     rows = []
-    for label, shape, T, B in (("tiny", (4, 4, 128), 64, 16), ("small", (6, 4, 256), 256, 16))[: 1 if quick else 2]:
+    for label, shape, T, B, steps in (("tiny", (4, 4, 128), 64, 16, 40), ("small", (6, 4, 256), 256, 16, 5))[: 1 if quick else 2]:
         torch.manual_seed(0)
         model = upscale(GPT(GPTConfig(*shape, T, 4097)).to(b.device), "midus", n_keys=32, top_k=8)
         set_trainable(model, "new")
         optimizer = make_optimizer(model, 1e-3, 1e-2, 0.1)
         text = np.random.default_rng(0).integers(0, 4097, 100_000).astype(np.uint16)
         settings = dict(lr=1e-3, memory_lr=1e-2, weight_decay=0.1, batch_size=B, block_size=T, grad_accum=1, seed=0,
-                        dtype="float32", compile=False, steps=5 * b.repeats, warmup=1, eval_every=10**9,
+                        dtype="float32", compile=False, steps=steps, warmup=1, eval_every=10**9,
                         save_every=10**9, tokenizer="bytes", dataset="none", data_dir="", upscale="midus")  # fmt: skip
         x, y = get_batch(text, 0, B, T, 0)
 
-        def core(model=model, optimizer=optimizer, x=x, y=y):
-            for _ in range(settings["steps"]):
+        def core(model=model, optimizer=optimizer, x=x, y=y, steps=steps):
+            for _ in range(steps):
                 model(x.to(b.device), y.to(b.device))[1].backward()
                 optimizer.step()
                 optimizer.zero_grad()
 
-        def loop(model=model):
+        def loop(model=model, settings=settings):
             split = Split(text, 0, 0)
             with tempfile.TemporaryDirectory() as folder:
                 state = {"step": 0, "history": [], "rows": [], "seconds": 0.0}
@@ -337,8 +337,7 @@ def overhead(b: Bench, quick: bool) -> list[dict]:
                 finally:
                     train.save_checkpoint = saved
 
-        several = Bench(b.device, torch.float32, torch.get_num_threads(), 3)
-        t = several.turns({"core": core, "loop": loop})
+        t = Bench(b.device, torch.float32, torch.get_num_threads(), 2 if quick else 5).turns({"core": core, "loop": loop})
         rows.append({"model": label, "loop / (forward + backward + optimizer)": ratio(t["loop"], t["core"])})
     return [table("train.py's loop against its three necessary parts", rows)]
 
