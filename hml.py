@@ -68,7 +68,7 @@ def candidate_pairs(k: int, device: torch.device) -> tuple[Tensor, Tensor]:
 def topk_indices(scores: Tensor, k: int) -> Tensor:
     """scores (..., n) -> the places (..., k) of the k largest, best first: scores.topk(k).indices, but on CPUs, where
     that would be half of the layer's time, by numpy's sort: a third of it. Ties may be broken differently."""
-    numpy_sorts = scores.device.type == "cpu" and scores.dtype == torch.float32 and scores.size(-1) <= 512
+    numpy_sorts = scores.device.type == "cpu" and scores.dtype == torch.float32 and scores.size(-1) <= 256
     if not numpy_sorts or torch.compiler.is_compiling():
         return scores.topk(k, dim=-1).indices
     order = np.argsort(scores.detach().numpy(), axis=-1)  # (..., n), worst first

@@ -1,7 +1,7 @@
 """
 What a memory block costs: against a copied block, against other memory layers, in a whole model, and as it grows.
 
-    python experiments/bench.py                         all tables (about 15 minutes on two CPU cores)
+    python experiments/bench.py                         all tables (about half an hour on a CPU)
     python experiments/bench.py --tables blocks --threads 2 --dtype bfloat16
     python experiments/bench.py --quick --json out.json
 
@@ -33,7 +33,7 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 from hml import HeadwiseMemory, candidate_pairs, topk_indices
 import train
 from data import Split
-from model import GPT, GPTConfig, MemoryBlock, TransformerBlock, pick_device, run_command
+from model import GPT, PRETRAINED, GPTConfig, MemoryBlock, TransformerBlock, pick_device, run_command
 from train import get_batch, make_optimizer, train_step
 from upscale import count, set_trainable, upscale
 
@@ -48,8 +48,8 @@ C, H, D_V = 768, 12, 64  # GPT-2 124M's width and heads; the latent width of its
 class Bench:
     """Where and how to measure: device, dtype (by autocast), threads, repetitions."""
 
-    def __init__(self, device: torch.device, dtype: torch.dtype, threads: int, repeats: int):
-        self.device, self.dtype, self.repeats = device, dtype, repeats
+    def __init__(self, device: torch.device, dtype: torch.dtype, threads: int, repeats: int, lengths=(512,)):
+        self.device, self.dtype, self.repeats, self.lengths = device, dtype, repeats, lengths
         self.clock = time.process_time if device.type == "cpu" and threads == 1 else time.perf_counter
         torch.set_num_threads(threads)
 
@@ -110,7 +110,13 @@ def ratio(a: list[float], b: list[float]) -> dict:
 def show(value) -> str:
     if isinstance(value, dict):
         return f"{value['median']:.2f} [{value['min']:.2f}, {value['max']:.2f}]"
-    return f"{value:,.3g}" if isinstance(value, float) and abs(value) < 100 else f"{value:,.0f}" if isinstance(value, float) else str(value)
+    return (
+        f"{value:,.3g}"
+        if isinstance(value, float) and abs(value) < 100
+        else f"{value:,.0f}"
+        if isinstance(value, float)
+        else str(value)
+    )
 
 
 def table(title: str, rows: list[dict]) -> dict:
@@ -152,7 +158,11 @@ def block_costs(T: int, n: int, k: int) -> dict[str, dict[str, float]]:
     read = qkv + C * n + C * D_V + H * k * D_V  # the bank is only read where it is looked up
     return {
         "copied": {"parameters": copied, "madds": 12 * C * C + attention, "bytes": 4 * copied},
-        "memory": {"parameters": memory, "madds": 3 * C * C + attention + C * n + H * k * D_V + C * D_V, "bytes": 4 * read},
+        "memory": {
+            "parameters": memory,
+            "madds": 3 * C * C + attention + C * n + H * k * D_V + C * D_V,
+            "bytes": 4 * read,
+        },
     }
 
 
@@ -169,15 +179,26 @@ def blocks(b: Bench, quick: bool) -> list[dict]:
     rows = []
     for n, k in SIZES[:1] if quick else SIZES:
         copied, memory = make_blocks(b, n, k)
-        for T in tqdm((128,) if quick else (128, 256, 512, 1024, 2048, 4096), desc=f"blocks {n}, {k}", disable=None):
+        for T in tqdm((128,) if quick else b.lengths, desc=f"blocks {n}, {k}", disable=None):
             x = torch.randn(1, T, C, device=b.device, requires_grad=True)
             heads = torch.randn(1, T, H, C // H, device=b.device, requires_grad=True)
-            parts = {"copied": (copied, x), "memory": (memory, x), "FFN": (copied.mlp, x), "HML": (memory.memory, heads)}
+            parts = {
+                "copied": (copied, x),
+                "memory": (memory, x),
+                "FFN": (copied.mlp, x),
+                "HML": (memory.memory, heads),
+                "attention": (nn.Sequential(memory.ln_1, memory.attn), x),  # what both blocks share
+            }
             train = b.turns({name: step(*part) for name, part in parts.items()})
             test = b.turns({name: infer(*part) for name, part in parts.items()})
-            kept = {"k": torch.randn(1, H, T, C // H, device=b.device), "v": torch.randn(1, H, T, C // H, device=b.device)}
+            kept = {
+                "k": torch.randn(1, H, T, C // H, device=b.device),
+                "v": torch.randn(1, H, T, C // H, device=b.device),
+            }
             one = torch.randn(1, 1, C, device=b.device)
-            decode = b.turns({name: lambda m=m: infer(m, one, dict(kept))() for name, (m, _) in list(parts.items())[:2]})
+            decode = b.turns(
+                {name: lambda m=m: infer(m, one, dict(kept))() for name, (m, _) in list(parts.items())[:2]}
+            )
             costs = block_costs(T, n, k)
             rows.append({
                 "n, k": f"{n}, {k}", "T": T,
@@ -186,6 +207,8 @@ def blocks(b: Bench, quick: bool) -> list[dict]:
                 "train memory/copied": ratio(train["memory"], train["copied"]),
                 "infer memory/copied": ratio(test["memory"], test["copied"]),
                 "decode memory/copied": ratio(decode["memory"], decode["copied"]),
+                "train attention/copied": ratio(train["attention"], train["copied"]),
+                "infer attention/copied": ratio(test["attention"], test["copied"]),
                 "train HML/FFN": ratio(train["HML"], train["FFN"]),
                 "infer HML/FFN": ratio(test["HML"], test["FFN"]),
                 "MiB copied": b.peak(step(copied, x)), "MiB memory": b.peak(step(memory, x)),
@@ -271,7 +294,13 @@ def whole(b: Bench, quick: bool) -> list[dict]:
     base = GPT(GPTConfig(6, 4, 256, 1024, 4097)).to(b.device)
     text = np.random.default_rng(0).integers(0, 4097, 100_000).astype(np.uint16)
     functions, models = {}, {}
-    for method, which in (("none", "all"), ("llama-pro", "new"), ("llama-pro", "all"), ("midus", "new"), ("midus", "all")):
+    for method, which in (
+        ("none", "all"),
+        ("llama-pro", "new"),
+        ("llama-pro", "all"),
+        ("midus", "new"),
+        ("midus", "all"),
+    ):
         name, memory = f"{method}, {which}", {"n_keys": 64, "top_k": 8} if method == "midus" else {}
         model = models[name] = upscale(base, method, **memory) if method != "none" else base
         set_trainable(model, which)
@@ -295,10 +324,11 @@ def whole(b: Bench, quick: bool) -> list[dict]:
         for _ in range(new):
             out = torch.cat((out, model(out)[0][:, -1:].argmax(-1)), 1)
 
-    rows = []
-    for name in ("none, all", "llama-pro, new", "midus, new"):
+    rows, twice = [], Bench(b.device, torch.float32, torch.get_num_threads(), 2)  # the slow one takes half a minute
+    for name in ("none, all", "midus, new"):
         model = models[name]
-        t = b.turns({"cached": lambda m=model: m.generate(tokens, new, temperature=0), "uncached": lambda m=model: uncached(m)})
+        cached = lambda m=model: m.generate(tokens, new, temperature=0)  # noqa: E731
+        t = twice.turns({"cached": cached, "uncached": lambda m=model: uncached(m)})
         rows.append({"model": name.split(",")[0], "tokens/s cached": new / statistics.median(t["cached"]),
                      "tokens/s uncached": new / statistics.median(t["uncached"]),
                      "cached / uncached speed": ratio(t["uncached"], t["cached"])})  # fmt: skip
@@ -309,7 +339,9 @@ def whole(b: Bench, quick: bool) -> list[dict]:
 def overhead(b: Bench, quick: bool) -> list[dict]:
     """What share of a step of train.py's loop is spent outside forward, backward and optimizer."""
     rows = []
-    for label, shape, T, B, steps in (("tiny", (4, 4, 128), 64, 16, 40), ("small", (6, 4, 256), 256, 16, 5))[: 1 if quick else 2]:
+    for label, shape, T, B, steps in (("tiny", (4, 4, 128), 64, 16, 40), ("small", (6, 4, 256), 256, 16, 5))[
+        : 1 if quick else 2
+    ]:
         torch.manual_seed(0)
         model = upscale(GPT(GPTConfig(*shape, T, 4097)).to(b.device), "midus", n_keys=32, top_k=8)
         set_trainable(model, "new")
@@ -337,7 +369,9 @@ def overhead(b: Bench, quick: bool) -> list[dict]:
                 finally:
                     train.save_checkpoint = saved
 
-        t = Bench(b.device, torch.float32, torch.get_num_threads(), 2 if quick else 5).turns({"core": core, "loop": loop})
+        t = Bench(b.device, torch.float32, torch.get_num_threads(), 2 if quick else 5).turns(
+            {"core": core, "loop": loop}
+        )
         rows.append({"model": label, "loop / (forward + backward + optimizer)": ratio(t["loop"], t["core"])})
     return [table("train.py's loop against its three necessary parts", rows)]
 
@@ -349,7 +383,10 @@ def overhead(b: Bench, quick: bool) -> list[dict]:
 def profile(b: Bench, quick: bool) -> list[dict]:
     """The parts of HML's forward, each beside the bound that memory or arithmetic sets on this machine."""
     a = torch.randn(512 if quick else 2048, 512 if quick else 2048, device=b.device)
-    big, to = torch.empty(1 << (20 if quick else 26), device=b.device), torch.empty(1 << (20 if quick else 26), device=b.device)
+    big, to = (
+        torch.empty(1 << (20 if quick else 26), device=b.device),
+        torch.empty(1 << (20 if quick else 26), device=b.device),
+    )
     t = b.turns({"product": lambda: a @ a, "copy": lambda: to.copy_(big)})
     flops = 2 * a.size(0) ** 3 / statistics.median(t["product"])
     bandwidth = 2 * big.nbytes / statistics.median(t["copy"])
@@ -373,11 +410,13 @@ def profile(b: Bench, quick: bool) -> list[dict]:
             return (scores[0].gather(-1, rows) + scores[1].gather(-1, cols)).softmax(-1), rows * n + cols
 
         parts = {  # function, floating-point operations, bytes
-            "scores": (lambda: torch.einsum("bthsd,shnd->sbthn", halves, keys), 2 * T * C * n, 4 * (T * C + C * n + 2 * T * H * n)),
+            "scores": (lambda: torch.einsum("bthsd,shnd->sbthn", halves, keys),
+                       2 * T * C * n, 4 * (T * C + C * n + 2 * T * H * n)),
             "first top-k": (lambda: [topk_indices(half, k) for half in scores], 0, 4 * 2 * T * H * n + 8 * 2 * reads),
             "pairs": (pairs, T * H * P, 4 * T * H * P + 8 * 3 * reads),
             "bank read": (lambda: hive.pool_fast(weights, slots), 2 * reads * D_V, 4 * reads * D_V + 12 * reads),
-            "projection": (lambda: torch.einsum("bthv,hvd->bthd", z, hive.proj), 2 * T * C * D_V, 4 * (T * H * D_V + C * D_V + T * C)),
+            "projection": (lambda: torch.einsum("bthv,hvd->bthd", z, hive.proj),
+                           2 * T * C * D_V, 4 * (T * H * D_V + C * D_V + T * C)),
             "forward, whole": (lambda: memory(halves.flatten(-2)), 0, 0),
             "forward + backward": (step(memory, halves.flatten(-2).requires_grad_()), 0, 0),
         }  # fmt: skip
@@ -399,7 +438,12 @@ def profile(b: Bench, quick: bool) -> list[dict]:
 def growth(b: Bench, quick: bool) -> list[dict]:
     """Time and memory of HML as one of n_keys, top_k, T, H grows and the rest stays."""
     standard, rows = {"n": 128, "k": 16, "T": 512, "H": 12}, []
-    grid = {"n": (32, 64, 128, 256, 512, 1024), "k": (4, 8, 16, 32, 64), "T": (128, 256, 512, 1024, 2048), "H": (3, 6, 12, 24)}
+    grid = {
+        "n": (32, 64, 128, 256, 512, 1024),
+        "k": (4, 8, 16, 32, 64),
+        "T": (128, 256, 512, 1024, 2048),
+        "H": (3, 6, 12, 24),
+    }
     for name, values in grid.items():
         for value in values[:2] if quick else values:
             s = standard | {name: value}
@@ -407,13 +451,57 @@ def growth(b: Bench, quick: bool) -> list[dict]:
             heads = torch.randn(1, s["T"], s["H"], 64, device=b.device, requires_grad=True)
             t = b.turns({"infer": infer(memory, heads), "train": step(memory, heads)})
             rows.append({"grows": name, "value": value, "slots": s["n"] ** 2,
-                         "infer ms": statistics.median(t["infer"]) * 1e3, "train ms": statistics.median(t["train"]) * 1e3,
+                         "infer ms": statistics.median(t["infer"]) * 1e3,
+                         "train ms": statistics.median(t["train"]) * 1e3,
                          "peak MiB": b.peak(step(memory, heads)),
                          "parameters (MiB)": sum(p.numel() for p in memory.parameters()) * 4 / 2**20})  # fmt: skip
     return [table("Growth: others at n=128, k=16, T=512, H=12, d_h=64", rows)]
 
 
-TABLES = {"blocks": blocks, "layers": layers, "whole": whole, "overhead": overhead, "profile": profile, "growth": growth}
+# ---------------------------------------------------------------------------------------------------------------
+# 6. What training GPT-2 124M holds in memory
+
+
+def saved(b: Bench, quick: bool) -> list[dict]:
+    """Counted, not measured: weights, gradients + Adam, and what autograd keeps for backward (bf16 autocast)."""
+    base = GPT(GPTConfig(2, 2, 128, 64, 257) if quick else PRETRAINED["gpt2"])
+    T, rows = base.config.block_size, []
+    for method, which in (("midus", "new"), ("midus", "all"), ("llama-pro", "new"), ("llama-pro", "all")):
+        model = upscale(base, method)
+        set_trainable(model, which)
+        own = {p.untyped_storage().data_ptr() for p in model.parameters()}
+        kept = {}
+        for B in (1, 2):
+            storages = {}
+
+            def pack(tensor, storages=storages):
+                storage = tensor.untyped_storage()
+                if storage.data_ptr() not in own:
+                    storages[storage.data_ptr()] = storage.nbytes()
+                return tensor
+
+            x = torch.zeros(B, T, dtype=torch.long)
+            hooks = torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor)
+            with hooks, torch.autocast("cpu", torch.bfloat16):
+                model(x, x)
+            kept[B] = sum(storages.values()) / 2**30
+        weights = sum(p.numel() for p in model.parameters())
+        trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        rows.append({"method, trained": f"{method}, {which}", "GiB weights": weights * 4 / 2**30,
+                     "GiB gradients + Adam": trained * 12 / 2**30, "GiB kept, any batch": 2 * kept[1] - kept[2],
+                     f"GiB kept per sequence of {T}": kept[2] - kept[1]})  # fmt: skip
+    return [table("Memory to train an up-scaled GPT-2, counted", rows)]
+
+
+TABLES = {
+    "saved": saved,
+    "blocks": blocks,
+    "layers": layers,
+    "whole": whole,
+    "overhead": overhead,
+    "profile": profile,
+    "growth": growth,
+}
 
 
 def main() -> None:
@@ -423,11 +511,14 @@ def main() -> None:
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of autocast")
     parser.add_argument("--threads", type=count, default=1, help="CPU threads (default 1)")
     parser.add_argument("--repeats", type=count, default=9, help="repetitions of each measurement (default 9)")
+    parser.add_argument(
+        "--lengths", type=count, nargs="+", default=[128, 512, 2048, 4096], help="T of the table blocks"
+    )
     parser.add_argument("--quick", action="store_true", help="one small case of each table, to see that it runs")
     parser.add_argument("--json", help="also write the tables to this file")
     args = parser.parse_args()
     device = pick_device(args.device)
-    b = Bench(device, getattr(torch, args.dtype), args.threads, 2 if args.quick else args.repeats)
+    b = Bench(device, getattr(torch, args.dtype), args.threads, 2 if args.quick else args.repeats, args.lengths)
     machine = f"{platform.machine()}, {os.cpu_count()} cores, {device}"
     if device.type == "cuda":
         machine += f" ({torch.cuda.get_device_name()})"

@@ -5,7 +5,8 @@ import os
 import pytest
 import torch
 
-from model import GPT, GPTConfig, MemoryBlock, count_parameters, load_checkpoint, open_model, pick_device, save_checkpoint
+from model import GPT, GPTConfig, MemoryBlock, count_parameters, load_checkpoint, open_model, pick_device
+from model import save_checkpoint
 
 CONFIG = GPTConfig(6, 2, 16, block_size=12, vocab_size=50, blocks="TMTTMT", n_keys=6, top_k=3, d_latent=4, new=(1, 4))
 

@@ -158,9 +158,9 @@ def test_two_processes_train_like_one(here, monkeypatch, root):
     """The same global batch on two gloo processes and on one, 20 steps in fp32."""
     arguments = command(*TINY, *MIDUS, "--train", "all", "--tokens", "1280", "--dtype", "float32", "--device", "cpu")
     assert call(monkeypatch, *arguments, "--out", "one.pt") == 0
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2", str(root / "train.py")]
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     run = subprocess.run(
-        [*launch, *arguments[1:]],
+        [*launch, str(root / "train.py"), *arguments[1:]],
         capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"},
     )  # fmt: skip
     assert run.returncode == 0, run.stderr
