@@ -339,9 +339,8 @@ def whole(b: Bench, quick: bool) -> list[dict]:
 def overhead(b: Bench, quick: bool) -> list[dict]:
     """What share of a step of train.py's loop is spent outside forward, backward and optimizer."""
     rows = []
-    for label, shape, T, B, steps in (("tiny", (4, 4, 128), 64, 16, 3 if quick else 40), ("small", (6, 4, 256), 256, 16, 5))[
-        : 1 if quick else 2
-    ]:
+    sizes = ("tiny", (4, 4, 128), 64, 16, 3 if quick else 40), ("small", (6, 4, 256), 256, 16, 5)
+    for label, shape, T, B, steps in sizes[:1] if quick else sizes:
         torch.manual_seed(0)
         model = upscale(GPT(GPTConfig(*shape, T, 4097)).to(b.device), "midus", n_keys=32, top_k=8)
         set_trainable(model, "new")
