@@ -330,9 +330,7 @@ def begin(s: dict, data: dict[str, Split], device: torch.device, base: GPT | Non
     s["steps"] = max(1, s["tokens"] // (s["batch_size"] * s["block_size"]))
     for name, parts in (("warmup", 20), ("eval_every", 10), ("save_every", 10)):
         s.setdefault(name, max(1, s["steps"] // parts))
-    if s["base"] in PRETRAINED:
-        base = GPT.from_pretrained(s["base"], writable(s["data_dir"]))
-    elif s["base"] == "scratch" and s["upscale"] != "none":
+    if s["base"] == "scratch" and s["upscale"] != "none":
         base = scratch_base(s, data, device)
     torch.manual_seed(s["seed"])
     state, model = {"step": 0, "history": [], "rows": [], "seconds": 0.0}, base or GPT(scratch_config(s))
@@ -385,6 +383,8 @@ def main() -> None:
     for first in (True, False):  # rank 0 downloads and tokenizes, the others find it done
         if (rank == 0) == first:
             data = load_dataset(s["dataset"], s["tokenizer"], s["data_dir"], ("train", "valid"))
+            if s["base"] in PRETRAINED and not args.resume:
+                base = GPT.from_pretrained(s["base"], writable(s["data_dir"]))
         mean_over_ranks([], device)
     get_batch(data["train"].tokens, 0, 1, s["block_size"], 0)  # refuses a split that is too short
     if not args.resume:

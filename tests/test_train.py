@@ -173,6 +173,24 @@ def test_two_processes_train_like_one(here, monkeypatch, root):
         torch.testing.assert_close(x, y, atol=1e-4, rtol=0)
 
 
+def test_a_base_by_name_is_read_and_up_scaled(here, monkeypatch):
+    """--base gpt2, with a small file in its layout where the download would be kept."""
+    import model
+    from test_model import openai_layout
+
+    small = GPT(GPTConfig(2, 1, 64, block_size=1024, vocab_size=257))
+    torch.save(openai_layout(small, False), "data/gpt2.bin")
+    monkeypatch.setitem(model.GPT2_SHA256, "gpt2", None)
+    monkeypatch.setitem(train.PRETRAINED, "gpt2", small.config)
+    monkeypatch.setattr(train, "vocab_size", lambda name: 257)
+    loaded = load_dataset("wikitext2", "bytes", "data", ("train", "valid"))
+    monkeypatch.setattr(train, "load_dataset", lambda *args: loaded)
+    arguments = "--base gpt2 --dataset wikitext2 --block_size 16 --tokens 600 --batch_size 8".split()
+    assert call(monkeypatch, "train.py", *arguments, *MIDUS) == 0
+    deeper = load_checkpoint("ckpt.pt")[0]
+    assert deeper.config.blocks == "TMT" and same_weights(deeper.h[0], small.h[0])
+
+
 def make(method="midus"):
     torch.manual_seed(0)
     base = GPT(GPTConfig(2, 2, 32, 16, 257))
