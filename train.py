@@ -56,7 +56,7 @@ def parse_arguments() -> argparse.Namespace:
     group.add_argument("--data_dir", help="folder for data, caches and the tiny base (default ./data)")
     group.add_argument("--tokenizer", help="gpt2, gpt2:N or bytes (default: the base's; for scratch: by dataset)")
     group.add_argument("--base", help="scratch, a checkpoint, a .bin file, gpt2, ... (pydocs: scratch, else gpt2)")
-    group.add_argument("--train", choices=("new", "all"), help="what learns (midus, llama-pro: new, else all)")
+    group.add_argument("--train", help="what learns: new (midus, llama-pro), all (else), or blocks, from 1: 2,4,6")
     add_arguments(parser)
     group = parser.add_argument_group("a base from scratch")
     group.add_argument("--n_layer", type=count, help="transformer blocks")

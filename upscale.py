@@ -87,13 +87,31 @@ def overlap(n_layer: int, n_new: int) -> tuple[list[int], list[int]]:
 
 
 @torch.no_grad()
+def assemble(base: GPT, sources: list[int], new: list[int], kind: str = "T", **memory) -> GPT:
+    """A stack whose block i starts as a copy of the base's block sources[i]; those listed in new are of this kind."""
+    if "M" in base.config.blocks:
+        raise ValueError("the base already has memory blocks; up-scale a model of transformer blocks only")
+    blocks = "".join(kind if i in new else "T" for i in range(len(sources)))
+    config = replace(base.config, n_layer=len(sources), blocks=blocks, new=tuple(new), **memory)
+    with torch.device(base.wte.weight.device):
+        model = GPT(config)
+    for name in ("wte", "wpe", "ln_f"):
+        getattr(model, name).load_state_dict(getattr(base, name).state_dict())
+    for i, source in enumerate(sources):
+        # A memory block takes LN and Q, K, V from its source and has no place for the rest [choice: the block before].
+        model.h[i].load_state_dict(base.h[source].state_dict(), strict=blocks[i] == "T")
+    return model.to(base.wte.weight.dtype)
+
+
+def silence(block: nn.Module) -> None:
+    """Zeroes both output projections of a transformer block, so that it passes its input on unchanged."""
+    for proj in (block.attn.c_proj, block.mlp.c_proj):
+        nn.init.zeros_(proj.weight)
+        nn.init.zeros_(proj.bias)  # GPT-2 has biases: the weight alone would not make an identity
+
+
 def upscale(
-    base: GPT,
-    method: str,
-    every: int = 2,
-    positions: list[int] | None = None,
-    n_new: int | None = None,
-    **memory,
+    base: GPT, method: str, every: int = 2, positions: list[int] | None = None, n_new: int | None = None, **memory
 ) -> GPT:
     """A deeper copy of base, on its device; base is left untouched.
 
@@ -102,8 +120,6 @@ def upscale(
     Raises ValueError, one sentence, for a placement or memory that cannot be.
     """
     L = base.config.n_layer
-    if "M" in base.config.blocks:
-        raise ValueError("the base already has memory blocks; up-scale a model of transformer blocks only")
     if method not in METHODS:
         raise ValueError(f"method must be one of {', '.join(METHODS)}; not {method!r}")
     if method != "midus" and memory:
@@ -114,32 +130,29 @@ def upscale(
         n_new = max(1, L // 2) if n_new is None else n_new
         if not 1 <= n_new <= L:
             raise ValueError(f"n_new must lie between 1 and {L}, the number of blocks; got {n_new}")
-        sources, new = overlap(L, n_new)
-    else:
-        sources, new = interleave(L, place(L, method == "midus", every, positions, n_new))
-
-    blocks = "".join("M" if method == "midus" and i in new else "T" for i in range(len(sources)))
-    config = replace(base.config, n_layer=len(sources), blocks=blocks, new=tuple(new), **memory)
-    with torch.device(base.wte.weight.device):
-        model = GPT(config)
-    for name in ("wte", "wpe", "ln_f"):
-        getattr(model, name).load_state_dict(getattr(base, name).state_dict())
-    for i, source in enumerate(sources):
-        # A memory block takes LN and Q, K, V from its source and has no place for the rest [choice: the block before].
-        model.h[i].load_state_dict(base.h[source].state_dict(), strict=blocks[i] == "T")
-        if method == "llama-pro" and i in new:
-            for proj in (model.h[i].attn.c_proj, model.h[i].mlp.c_proj):
-                nn.init.zeros_(proj.weight)
-                nn.init.zeros_(proj.bias)  # GPT-2 has biases: the weight alone would not make an identity
-    return model.to(base.wte.weight.dtype)
+        return assemble(base, *overlap(L, n_new))
+    positions = place(L, method == "midus", every, positions, n_new)
+    model = assemble(base, *interleave(L, positions), kind="M" if method == "midus" else "T", **memory)
+    if method == "llama-pro":
+        for i in model.config.new:
+            silence(model.h[i])
+    return model
 
 
 def set_trainable(model: GPT, which: str) -> None:
-    """Freezes parameters: which is "new" (only inserted blocks train) or "all". Raises ValueError if none would."""
-    if which == "new" and not model.config.new:
+    """Freezes parameters. which: "new" (only inserted blocks train), "all", or "2,4,6" (these blocks, from 1).
+
+    Raises ValueError if nothing would train, or a block is not there.
+    """
+    chosen = model.config.new if which == "new" else ()
+    if which not in ("new", "all"):
+        if not all(p.isdecimal() and 1 <= int(p) <= model.config.n_layer for p in which.split(",")):
+            raise ValueError(f"--train is new, all, or blocks from 1 to {model.config.n_layer} such as 2,4; not {which}")
+        chosen = [int(p) - 1 for p in which.split(",")]
+    if which == "new" and not chosen:
         raise ValueError("--train new needs inserted blocks, and this model has none; use --train all")
     model.requires_grad_(which == "all")
-    for i in model.config.new:
+    for i in chosen:
         model.h[i].requires_grad_(True)
 
 

@@ -1,8 +1,40 @@
-"""The benchmark runs, in its short form, and its counts are right."""
+"""The benchmark runs, in its short form, and its counts are right; the comparison's methods are what they say."""
 
 import json
 import subprocess
 import sys
+
+import numpy as np
+import pytest
+import torch
+from conftest import ROOT
+
+sys.path.insert(0, str(ROOT / "experiments"))
+import ablations
+import baselines
+import bench
+import compare
+from model import GPT, GPTConfig, load_checkpoint
+
+MEMORY = {"n_keys": 8, "top_k": 4, "d_latent": 8}
+
+
+@pytest.fixture
+def base():
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(4, 2, 32, 16, 50))
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    return model
+
+
+@pytest.fixture
+def tokens():
+    return torch.randint(50, (2, 16), generator=torch.Generator().manual_seed(0))
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# bench.py
 
 
 def test_bench_runs_and_prints_every_table(root, tmp_path):
@@ -17,11 +49,7 @@ def test_bench_runs_and_prints_every_table(root, tmp_path):
     assert all(f"### {t['title']}" in run.stdout for t in written["tables"])
 
 
-def test_block_costs_are_those_of_real_blocks(root):
-    sys.path.insert(0, str(root / "experiments"))
-    import bench
-    import torch
-
+def test_block_costs_are_those_of_real_blocks():
     with torch.device("meta"):
         b = bench.Bench(torch.device("meta"), torch.float32, torch.get_num_threads(), 1)
         for n, k in bench.SIZES:
@@ -30,14 +58,190 @@ def test_block_costs_are_those_of_real_blocks(root):
                 assert counted[name]["parameters"] == sum(p.numel() for p in block.parameters())
 
 
-def test_the_textbook_form_computes_the_same(root):
-    sys.path.insert(0, str(root / "experiments"))
-    import bench
-    import torch
-
+def test_the_textbook_form_computes_the_same():
     torch.manual_seed(0)
     ours, textbook = (cls(2, 8, 6, 3, 4) for cls in (bench.HeadwiseMemory, bench.Textbook))
     torch.nn.init.normal_(ours.hive.bank)
     textbook.load_state_dict(ours.state_dict())
     heads = torch.randn(2, 5, 2, 8)
     torch.testing.assert_close(textbook(heads), ours(heads))
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# baselines.py
+
+
+@pytest.mark.parametrize("L", range(2, 14))
+def test_gaps_of_the_top_half(L):
+    for n_new in range(1, L):
+        gaps = baselines.gaps_of_top_half(L, n_new)
+        assert gaps == sorted(set(gaps)) and len(gaps) == n_new and 1 <= gaps[0] and gaps[-1] <= L - 1
+        assert gaps[0] >= L // 2 or gaps == list(range(L - n_new, L))
+    with pytest.raises(ValueError, match="between 1 and"):
+        baselines.gaps_of_top_half(L, L)
+
+
+@pytest.mark.parametrize("method, new, identity", [
+    ("stack", (2, 5), False), ("stack-top", (4, 5), False), ("average", (2, 4), False), ("opt-deus", (2, 4), True),
+    ("lesa", (2, 4), False),
+])  # fmt: skip
+def test_the_other_methods(base, tokens, method, new, identity):
+    deeper, what = compare.build(base, method, {}, 2, MEMORY)
+    assert deeper.config.new == new and deeper.config.blocks == "TTTTTT" and what == "new"
+    assert torch.equal(deeper(tokens)[0], base(tokens)[0]) == identity
+    kept = [block for i, block in enumerate(deeper.h) if i not in new]
+    for mine, theirs in zip(kept, base.h):
+        assert all(torch.equal(p, q) for p, q in zip(mine.parameters(), theirs.parameters()))
+    assert all(torch.isfinite(p).all() for p in deeper.parameters())
+
+
+def test_stack_and_average_start_from_the_right_blocks(base):
+    def weight(model, i):
+        return model.h[i].mlp.c_fc.weight
+
+    stacked, on_top = baselines.stack(base, 2), baselines.stack(base, 2, on_top=True)
+    assert torch.equal(weight(stacked, 2), weight(base, 1)) and torch.equal(weight(stacked, 5), weight(base, 3))
+    assert torch.equal(weight(on_top, 4), weight(base, 2)) and torch.equal(weight(on_top, 5), weight(base, 3))
+    torch.testing.assert_close(weight(baselines.average(base, 1), 3), (weight(base, 2) + weight(base, 3)) / 2)
+
+
+def test_transport_brings_permuted_units_back(base):
+    block, other = base.h[0], baselines.copy.deepcopy(base.h[0])
+    C, H = 32, 2
+    within = [torch.randperm(C // H) + h * (C // H) for h in range(H)]  # units stay within their head
+    units, hidden = torch.cat(within), torch.randperm(4 * C)
+    with torch.no_grad():
+        rows = torch.cat([third * C + units for third in range(3)])
+        other.attn.c_attn.weight.copy_(block.attn.c_attn.weight[rows])
+        other.attn.c_attn.bias.copy_(block.attn.c_attn.bias[rows])
+        other.attn.c_proj.weight.copy_(block.attn.c_proj.weight[:, units])
+        other.mlp.c_fc.weight.copy_(block.mlp.c_fc.weight[hidden])
+        other.mlp.c_fc.bias.copy_(block.mlp.c_fc.bias[hidden])
+        other.mlp.c_proj.weight.copy_(block.mlp.c_proj.weight[:, hidden])
+    x = torch.randn(2, 5, C)
+    torch.testing.assert_close(other(x), block(x), rtol=1e-4, atol=1e-4)  # the permuted block is the same function
+    aligned = baselines.align(other, block)
+    for (name, mine), original in zip(aligned.named_parameters(), block.parameters()):
+        torch.testing.assert_close(mine, original, rtol=0, atol=1e-4, msg=name)
+
+
+def test_a_transport_plan_is_doubly_stochastic():
+    plan = baselines.transport_plan(torch.randn(12, 5) * 0.1, torch.randn(12, 5) * 0.1)
+    torch.testing.assert_close(plan.sum(1), torch.ones(12))
+    torch.testing.assert_close(plan.sum(0), torch.ones(12), rtol=0.05, atol=0.05)
+
+
+def test_lesa_learns_what_lies_between():
+    """Blocks on a line through the space of matrices: the middle one is the mean of its neighbours."""
+    torch.manual_seed(0)
+    first, step = torch.randn(8, 400), 0.3 * torch.randn(8, 400)
+    slices = torch.stack([first + i * step for i in range(6)])  # (L, r, in)
+    out = baselines.predict_between(slices, [3], epochs=30)[0]
+    want = (slices[2] + slices[3]) / 2
+    assert (out - want).norm() < 0.25 * want.norm()
+
+
+def test_lesa_needs_triples():
+    with pytest.raises(ValueError, match="triples"):
+        baselines.lesa(GPT(GPTConfig(2, 2, 8, 8, 10)), 1)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# ablations.py
+
+
+@pytest.mark.parametrize("name", ["stacked", *ablations.VARIANTS])
+def test_variants_start_as_the_base_and_learn(base, tokens, name):
+    model, _ = compare.build(base, name, {}, 2, MEMORY)
+    assert torch.equal(model(tokens)[0], base(tokens)[0]) == (name != "residual")
+    model(tokens, tokens)[1].backward()
+    assert any(p.grad is not None and p.grad.any() for i in model.config.new for p in model.h[i].parameters())
+
+
+def test_parameters_of_the_variants(base):
+    def added(name):
+        model, _ = compare.build(base, name, {}, 2, MEMORY)
+        return sum(p.numel() for i, block in enumerate(model.h) if i in model.config.new for p in block.parameters())
+
+    C, H, N, d_v, d_h = 32, 2, 64, 8, 16
+    midus = added("midus")
+    assert added("head-tables") - midus == 2 * (H * N * d_h - N * d_v - H * d_v * d_h)
+    assert midus - added("one-w") == 2 * d_v * d_h
+    assert midus - added("shared-bank") == 0 and added("temperature") - midus == 2 * H  # a shared one is counted twice
+    assert added("proj-copied") - midus == 2 * C * C
+
+
+def test_the_product_key_memory_by_hand(base):
+    """One head's read, slot by slot, of values as wide as the model."""
+    model, _ = compare.build(base, "pkm", {}, 1, MEMORY)
+    memory = model.h[model.config.new[0]].memory
+    torch.nn.init.normal_(memory.hive.bank)
+    x = torch.randn(1, 1, 32)
+    weights, slots = memory.product_keys(memory.query(x).view(1, 1, 2, 16))
+    want = sum(weights[0, 0, h, j] * memory.hive.bank[slots[0, 0, h, j]] for h in range(2) for j in range(4))
+    torch.testing.assert_close(memory(x)[0, 0], want)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# compare.py
+
+
+def test_methods_are_read_from_text():
+    text = "midus:n_keys=64,memory_lr=3e-2,llama-pro:positions=1+3,none"
+    assert compare.parse(text) == [
+        ("midus", {"n_keys": 64, "memory_lr": 0.03}), ("llama-pro", {"positions": [1, 3]}), ("none", {}),
+    ]  # fmt: skip
+    for wrong in ("magic", "midus:n_keys", "midus:depth=3", "midus:n_keys=x", "n_keys=3"):
+        with pytest.raises(ValueError, match="--methods"):
+            compare.parse(wrong)
+
+
+def test_the_trigram_model_is_a_distribution():
+    rng = np.random.default_rng(0)
+    train = rng.integers(0, 12, 300).astype(np.uint16)
+    train[train == 7] = 0  # 7 is never seen
+    train[-1] = 11
+    for context in ((3, 4), (7, 7), (int(train[10]), int(train[11]))):
+        p = [1 / compare.trigram_perplexity(train, np.array([*context, w], np.uint16)) for w in range(12)]
+        assert sum(p) == pytest.approx(1, abs=1e-9) and min(p) > 0
+
+
+def test_the_comparison_runs_once(root, tmp_path):
+    def command(script, *flags):
+        run = subprocess.run([sys.executable, str(root / script), *flags], cwd=tmp_path, capture_output=True, text=True)
+        assert run.returncode == 0, run.stderr
+        return run.stdout
+
+    tiny = ("--n_layer", "2", "--n_head", "2", "--n_embd", "16", "--block_size", "16", "--tokens", "512")
+    command("train.py", *tiny, "--out", "base.pt")
+    flags = ("--base", "base.pt", "--methods", "none,midus,pkm", "--tokens", "512", "--lrs", "1e-3,1e-2", "--n_keys",
+             "8", "--top_k", "4", "--d_latent", "8", "--valid_tokens", "500", "--batch_size", "4")  # fmt: skip
+    first = command("experiments/compare.py", *flags)
+    results = (tmp_path / "results.jsonl").read_text()
+    lines = [json.loads(line) for line in results.splitlines()]
+    assert len(lines) == 9 and sum(line["test"] for line in lines) == 3
+    base_rows = [line for line in lines if line["name"] == "midus"]
+    assert all(line["start"] == pytest.approx(lines[0]["start"]) for line in base_rows)
+    table = [line for line in first.splitlines() if line.startswith("| ")]
+    assert [row.split("|")[1].strip() for row in table] == ["method", "---", "none", "midus", "pkm"]
+    # A run that was cut off while it wrote is done anew, the others are not; the table is the same.
+    (tmp_path / "results.jsonl").write_text(results[:-40])
+    again = command("experiments/compare.py", *flags)
+    redone = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
+    assert len(redone) == 9
+    key = lambda r: (r["name"], r["lr"], r["seed"])  # noqa: E731
+    same = {key(r): r["valid"] for r in lines}
+    assert {key(r): r["valid"] for r in redone} == same
+    assert load_checkpoint(str(tmp_path / "base.pt"))[0].config.n_layer == 2
+    assert again.count("| midus |") == 1
+
+
+def test_the_comparison_refuses_in_a_sentence(root, tmp_path):
+    for flags, sentence in (
+        (["--base", "none.pt", "--methods", "midus"], "there is no checkpoint"),
+        (["--base", "none.pt", "--methods", "magic"], "is none of"),
+        (["--base", "none.pt", "--methods", "midus", "--lrs", "x"], "--lrs"),
+    ):
+        command = [sys.executable, str(root / "experiments" / "compare.py"), *flags]
+        run = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+        assert run.returncode == 2 and sentence in run.stderr and "Traceback" not in run.stderr

@@ -1,0 +1,385 @@
+"""
+Which way to deepen a model is worth most? Every method on one base, with the same batches in the same order.
+
+    python experiments/compare.py --base base.pt --methods none,llama-pro,midus --seeds 3 --tokens 6e5
+    python experiments/compare.py --base base.pt --methods "midus,midus:n_keys=64,one-w,pkm" --seeds 1 --lrs 2e-3
+    python experiments/compare.py --base base.pt --methods none,llama-pro,midus --seeds 1 --train all
+
+A method is `none`, one of upscale.py (midus, llama-pro, solar), of baselines.py (stack, stack-top, average, opt-deus,
+lesa), or of ablations.py (residual, proj-copied, pkm, ...); after a colon options of its own, joined by commas in a
+shell's quotes and told apart by `=`: midus:n_keys=64,top_k=16,n_new=2,positions=1+3,memory_lr=3e-2,tokens=1e6.
+`none` inserts nothing and trains the blocks that llama-pro would have copied.
+
+The learning rate of each method is chosen among --lrs on seed 0 by the validation split; figures are of the seeds from
+1 on, whose test split is read once, at the end. A run that is in the results file (same base, configuration and seed)
+is not run again. Runs go --jobs at a time, each in a process with its share of the threads. Shape names: see hml.py.
+"""
+
+import argparse
+import json
+import math
+import multiprocessing
+import os
+import statistics
+import sys
+import time
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+import baselines
+from ablations import VARIANTS, stacked
+from bench import Bench
+from data import DATASETS, file_sha256, get_batch, load_dataset
+from eval import count_usage, sum_nll, usage
+from model import GPT, has_bf16, load_checkpoint, pick_device, run_command
+from train import make_optimizer, schedule, train_step
+from upscale import amount, count, place, set_trainable, upscale
+
+COPIES = {
+    "stack": baselines.stack, "stack-top": lambda base, n_new: baselines.stack(base, n_new, on_top=True),
+    "average": baselines.average, "opt-deus": baselines.opt_deus, "lesa": baselines.lesa,
+}  # fmt: skip
+SHAPE = ("n_keys", "top_k", "d_latent", "query_norm")  # options of memory blocks
+METHODS = ("none", "midus", "llama-pro", "solar", *COPIES, "stacked", *VARIANTS)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# A method, from its name
+
+
+def parse(text: str) -> list[tuple[str, dict]]:
+    """"midus:n_keys=64,top_k=8,solar" -> [("midus", {"n_keys": 64, "top_k": 8}), ("solar", {})]."""
+    methods = []
+    for part in text.split(","):
+        head, _, option = part.partition(":") if "=" not in part.partition(":")[0] else ("", "", part)
+        if head:
+            if head not in METHODS:
+                raise ValueError(f"--methods: {head} is none of {', '.join(METHODS)}")
+            methods.append((head, {}))
+        if option:
+            name, _, value = option.partition("=")
+            if name not in (*SHAPE, "n_new", "positions", "memory_lr", "tokens") or not methods:
+                raise ValueError(f"--methods: cannot read {part!r}; write a method, or method:option=value")
+            try:
+                numbers = [float(number) for number in value.split("+")]
+            except ValueError:
+                raise ValueError(f"--methods: {part!r} needs a number, or numbers joined by +") from None
+            numbers = [int(number) if number == int(number) else number for number in numbers]
+            methods[-1][1][name] = numbers if name == "positions" else numbers[0]
+    return methods
+
+
+def build(base: GPT, method: str, options: dict, n_new: int, memory: dict) -> tuple[GPT, str]:
+    """The deeper model, and what of it trains when only new blocks do. n_new and memory: what options leave open."""
+    where = {"positions": options["positions"]} if "positions" in options else {"n_new": options.get("n_new", n_new)}
+    n_new, memory = options.get("n_new", n_new), {name: options.get(name, memory.get(name)) for name in SHAPE}
+    memory = {name: value for name, value in memory.items() if value is not None}
+    if method == "none":
+        return base, ",".join(str(p) for p in place(base.config.n_layer, False, **where))
+    if method in ("llama-pro", "solar"):
+        return upscale(base, method, **where), "new"
+    if method in COPIES:
+        return COPIES[method](base, n_new), "new"
+    if method == "stacked":
+        return stacked(base, n_new, **memory), "new"
+    model = upscale(base, "midus", **where, **memory)
+    if method in VARIANTS:
+        VARIANTS[method](model)
+    return model, "new"
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# One run
+
+
+def look(model: GPT, batch: tuple, tokens: np.ndarray) -> dict:
+    """Inside the memory: gradient norms by kind of parameter, entropy of the weights (nats), slots in use."""
+    model(*batch)[1].backward()
+    kinds = {"bank": "hive.bank", "W": "hive.proj", "keys": "keys", "QKV": "attn.c_attn"}
+    named = [(name, p.grad) for name, p in model.named_parameters() if p.grad is not None]
+    norms = {kind: math.sqrt(sum(g.square().sum().item() for name, g in named if part in name))
+             for kind, part in kinds.items()}  # fmt: skip
+    model.zero_grad()
+    entropies, hooks = [], []
+
+    def hook(module, inputs, reads):
+        entropies.append(torch.special.entr(reads[0]).sum(dim=-1).mean().item())  # weights (B, T, H, k)
+
+    for i in model.config.new:
+        hooks.append(model.h[i].memory.product_keys.register_forward_hook(hook))
+    with count_usage(model) as counts:
+        sum_nll(model, tokens)
+    for handle in hooks:
+        handle.remove()
+    used = [usage(c) for c in counts.values()]
+    means = {name: statistics.mean(u[name] for u in used) for name in used[0]}
+    return {"gradients": norms, "entropy": statistics.mean(entropies), **means}
+
+
+def run(job: dict) -> dict:
+    """Trains one model and returns job's configuration with its figures. Draws the same batches for every method."""
+    config, threads, show = job["config"], job["threads"], job["show"]
+    device = pick_device(job["device"])
+    torch.set_num_threads(threads)
+    base, info = load_checkpoint(job["base"])
+    splits = ("train", "valid", "test") if config["test"] else ("train", "valid")
+    data = load_dataset(config["dataset"], info["tokenizer"], job["data_dir"], splits)
+    some = data["valid"].tokens[: config["valid_tokens"] + 1]
+    torch.manual_seed(config["seed"])
+    options = config["options"]
+    model, what = build(base.to(device), config["method"], options, config["n_new"], config["memory"])
+    model = model.to(device)
+    set_trainable(model, what if config["train"] == "new" else "all")
+    new = sum(p.numel() for name, p in model.named_parameters() if is_new(name, model.config.new))
+    batch_size, T = config["batch_size"], base.config.block_size
+    steps = max(1, int(options.get("tokens", config["tokens"])) // (batch_size * T))
+    memory_lr = options.get("memory_lr", config["memory_lr"])
+    optimizer = make_optimizer(model, config["lr"], memory_lr, config["weight_decay"])
+    dtype = torch.bfloat16 if has_bf16(device) else torch.float32
+    has_memory = all(hasattr(model.h[i], "memory") for i in model.config.new) and model.config.new
+    losses, looks, clock = [], {}, time.process_time if device.type == "cpu" and threads == 1 else time.perf_counter
+    result = {"added": new, "trained": sum(p.numel() for p in model.parameters() if p.requires_grad)}
+    nll, tokens = sum_nll(model, some)
+    result["start"] = math.exp(nll / tokens)
+
+    def batch_of(step: int) -> list:
+        return [half.to(device) for half in get_batch(data["train"].tokens, step, batch_size, T, config["seed"])]
+
+    def loop() -> None:
+        for step in tqdm(range(steps), desc=config["name"], unit="step", disable=None if show else True):
+            if config["seed"] == 1 and has_memory and step in (0, steps // 10, steps // 2, steps - 1):
+                looks[step] = look(model, batch_of(step), some[:16385])
+            start = clock()
+            for group in optimizer.param_groups:
+                group["lr"] = group["peak_lr"] * schedule(step, steps // 20, steps)
+            losses.append(train_step(model, optimizer, batch_of(step), device, dtype, config["grad_accum"]))
+            result["seconds"] += clock() - start
+
+    result["seconds"] = 0.0
+    try:
+        result["memory_mib"] = Bench(device, dtype, threads, 1).peak(loop)
+    except FloatingPointError:
+        return {**config, **result, "valid": None, "test_perplexity": None}  # diverged
+    nll, tokens = sum_nll(model, some)
+    result["valid"] = math.exp(nll / tokens)
+    if config["test"]:
+        nll, tokens = sum_nll(model, data["test"].tokens)
+        result["test_perplexity"] = math.exp(nll / tokens)
+    result["rate"] = steps * batch_size * T / result["seconds"]
+    edges = [i * steps // 20 for i in range(21)] if steps >= 20 else range(steps + 1)
+    result["losses"] = [round(statistics.mean(losses[a:b]), 4) for a, b in zip(edges, edges[1:])]
+    return {**config, **result, "looks": looks, "python": sys.version.split()[0], "torch": torch.__version__}
+
+
+def is_new(name: str, new: tuple) -> bool:
+    return name.startswith("h.") and int(name.split(".")[1]) in new
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# Many runs
+
+
+def read_results(path: str) -> list[dict]:
+    """The finished runs. What a fault left of a last line is cut off, so that the next can be appended."""
+    if not os.path.exists(path):
+        return []
+    with open(path, "rb+") as file:
+        text = file.read()
+        end = text.rfind(b"\n") + 1
+        file.truncate(end)
+    return [json.loads(line) for line in text[:end].splitlines()]
+
+
+def run_all(configs: list[dict], args: argparse.Namespace, done: list[dict]) -> None:
+    """Runs what is not in done, appends each result to done and, as it comes, to the results file."""
+    todo = [c for c in configs if not any(all(r.get(name) == value for name, value in c.items()) for r in done)]
+    if not todo:
+        return
+    shared = {name: getattr(args, name) for name in ("base", "data_dir", "device")}
+    threads = max(1, (os.cpu_count() or 1) // args.jobs)
+    jobs = [{"config": c, "threads": threads, "show": args.jobs == 1, **shared} for c in todo]
+    bar = tqdm(total=len(jobs), unit="run", disable=None)
+    # A fresh process for every run, so that none inherits another's memory or random numbers.
+    with bar, multiprocessing.get_context("spawn").Pool(args.jobs, maxtasksperchild=1) as pool:
+        for result in pool.imap_unordered(run, jobs):
+            done.append(result)
+            with open(args.results, "a") as file:
+                file.write(json.dumps(result) + "\n")
+            bar.update()
+            valid = "diverged" if result["valid"] is None else f"{result['valid']:.2f}"
+            tqdm.write(f"{result['name']}  {result['train']}  lr {result['lr']:g}  seed {result['seed']}  "
+                       f"validation {valid}")  # fmt: skip
+
+
+def best_lr(config: dict, lrs: list[float], done: list[dict]) -> float | None:
+    """The rate of the lowest validation perplexity on seed 0; None if every one diverged."""
+    tried = {}
+    for lr in lrs:
+        grid = {**config, "lr": lr, "seed": 0, "test": False}
+        tried[lr] = next(r["valid"] for r in done if all(r.get(n) == v for n, v in grid.items()))
+    finite = {lr: valid for lr, valid in tried.items() if valid is not None}
+    return min(finite, key=finite.get, default=None)
+
+
+# ---------------------------------------------------------------------------------------------------------------
+# What to measure by: the base, and a model of three tokens
+
+
+def trigram_perplexity(train: np.ndarray, test: np.ndarray, discount: float = 0.75) -> float:
+    """Token-level perplexity of an interpolated Kneser-Ney trigram model [Kneser and Ney 1995] with one discount:
+    p(w|uv) = (c(uvw) - D)+ / c(uv) + D distinct(uv.) / c(uv) p(w|v), below with counts of distinct contexts."""
+    V = int(max(train.max(), test.max())) + 1
+    t, s = train.astype(np.int64), test.astype(np.int64)
+
+    def lookup(keys: np.ndarray, values: np.ndarray, wanted: np.ndarray) -> np.ndarray:
+        at = np.searchsorted(keys, wanted).clip(max=len(keys) - 1)
+        return np.where(keys[at] == wanted, values[at], 0)
+
+    trigrams, counts = np.unique((t[:-2] * V + t[1:-1]) * V + t[2:], return_counts=True)
+    bigrams, contexts = np.unique(trigrams % (V * V), return_counts=True)  # vw, and how many different u precede it
+    words, word_contexts = np.unique(bigrams % V, return_counts=True)
+    p1 = (lookup(words, word_contexts, s[2:]) + 0.5) / (len(bigrams) + 0.5 * V)  # half a count for unseen tokens
+    p = p1
+    for grams, values, wanted, context in (
+        (bigrams, contexts, s[1:-1] * V + s[2:], s[1:-1]),
+        (trigrams, counts, (s[:-2] * V + s[1:-1]) * V + s[2:], s[:-2] * V + s[1:-1]),
+    ):
+        heads, first, distinct = np.unique(grams // V, return_index=True, return_counts=True)
+        sums = np.add.reduceat(values, first)
+        total, kinds = lookup(heads, sums, context), lookup(heads, distinct, context)
+        seen = np.maximum(lookup(grams, values, wanted) - discount, 0)
+        p = np.where(total > 0, (seen + discount * kinds * p) / np.maximum(total, 1), p)
+    return math.exp(-np.log(p).mean())
+
+
+def summarise(done: list[dict], names: list[str]) -> list[dict]:
+    """A row per method and regime, in the order of names: means over seeds, spread as half the range."""
+    rows = []
+    for name in names:
+        for regime in ("new", "all"):
+            runs = [r for r in done if r["name"] == name and r["train"] == regime and r["seed"] and r["valid"]]
+            for lr in sorted({r["lr"] for r in runs}):
+                same = [r for r in runs if r["lr"] == lr]
+                row = {"name": name, "train": regime, "lr": lr, "seeds": len(same)}
+                for figure in ("added", "trained", "start", "valid", "test_perplexity", "rate", "memory_mib", "seconds"):
+                    row[figure] = statistics.mean(r[figure] for r in same)
+                tests = [r["test_perplexity"] for r in same]
+                row["spread"] = (max(tests) - min(tests)) / 2
+                rows.append(row)
+    return rows
+
+
+def print_rows(rows: list[dict], base_test: float) -> None:
+    print("| method | trained | lr | added M | trained M | start | validation | test | tokens/s | MiB | gained per M |")
+    print("| --- " * 11 + "|")
+    for r in rows:
+        spread = f" ± {r['spread']:.2f}" if r["seeds"] > 1 else ""
+        gained = f"{(base_test - r['test_perplexity']) / r['added'] * 1e6:.2f}" if r["added"] else "-"
+        print(f"| {r['name']} | {r['train']} | {r['lr']:g} | {r['added'] / 1e6:.2f} | {r['trained'] / 1e6:.2f} | "
+              f"{r['start']:.2f} | {r['valid']:.2f} | {r['test_perplexity']:.2f}{spread} | {r['rate']:,.0f} | "
+              f"{r['memory_mib']:.0f} | {gained} |")  # fmt: skip
+
+
+def plot(rows: list[dict], base_test: float, path: str) -> None:
+    """Test perplexity against added parameters and against training time (matplotlib, an optional extra)."""
+    try:
+        import matplotlib
+    except ImportError:
+        raise ValueError("--plot needs matplotlib: pip install matplotlib") from None
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(1, 2, figsize=(11, 4.5), sharey=True)
+    for axis, figure_name, scale, label in (
+        (axes[0], "added", 1e-6, "added parameters, millions"), (axes[1], "seconds", 1 / 60, "training, minutes of one core"),
+    ):  # fmt: skip
+        axis.axhline(base_test, color="grey", linestyle=":", label="base")
+        for r in rows:
+            x = r[figure_name] * scale
+            axis.errorbar(x, r["test_perplexity"], r["spread"], marker="o" if r["train"] == "new" else "s")
+            axis.annotate(r["name"], (x, r["test_perplexity"]), fontsize=7, xytext=(4, 3), textcoords="offset points")
+        axis.set_xlabel(label)
+    axes[0].set_ylabel("test perplexity, token-level")
+    figure.tight_layout()
+    figure.savefig(path)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Compare ways to deepen a model; resumable.")
+    parser.add_argument("--base", required=True, help="checkpoint of train.py, of transformer blocks")
+    parser.add_argument("--methods", required=True, help="joined by commas; see the head of this file")
+    parser.add_argument("--seeds", type=count, default=1, help="runs per method, seeds 1, 2, ... (default 1)")
+    parser.add_argument("--tokens", type=count, default=600_000, help="training tokens of each run (default 6e5)")
+    parser.add_argument("--lrs", default="1e-3,2e-3,4e-3", help="rates to choose from; one alone is just taken")
+    parser.add_argument("--memory_lr", type=amount, default=1e-2, help="of memory banks (default 1e-2)")
+    parser.add_argument("--weight_decay", type=amount, default=0.1, help="(default 0.1)")
+    parser.add_argument("--train", choices=("new", "all"), default="new", help="what trains (default new)")
+    parser.add_argument("--n_new", type=count, help="new blocks (default: half as many as the base has)")
+    parser.add_argument("--n_keys", type=count, default=32, help="(default 32)")
+    parser.add_argument("--top_k", type=count, default=8, help="(default 8)")
+    parser.add_argument("--d_latent", type=count, default=64, help="(default 64)")
+    parser.add_argument("--batch_size", type=count, default=16, help="sequences per step (default 16)")
+    parser.add_argument("--grad_accum", type=count, default=1, help="parts a step's batch is cut in (default 1)")
+    parser.add_argument("--valid_tokens", type=count, default=100_000, help="of the validation split (default 1e5)")
+    parser.add_argument("--dataset", choices=DATASETS, help="(default: the base's own)")
+    parser.add_argument("--data_dir", help="folder of the data (default: the base's own)")
+    parser.add_argument("--device", help="cpu, cuda or mps (default: the best there is)")
+    parser.add_argument("--jobs", type=count, help="runs at a time (default: a CPU's cores, else 1)")
+    parser.add_argument("--results", default="results.jsonl", help="finished runs (default results.jsonl)")
+    parser.add_argument("--plot", help="draw the table to this file (.svg, .png); needs matplotlib")
+    args = parser.parse_args()
+    try:
+        lrs = [amount(lr) for lr in args.lrs.split(",")]
+    except argparse.ArgumentTypeError as error:
+        raise ValueError(f"--lrs: {error}") from None
+    methods = parse(args.methods)
+    device = pick_device(args.device)
+    args.jobs = args.jobs or (os.cpu_count() or 1 if device.type == "cpu" else 1)
+    base, info = load_checkpoint(args.base)
+    if "dataset" not in info and args.dataset is None:
+        raise ValueError(f"{args.base} does not say what it was trained on; give --dataset")
+    args.data_dir = os.path.abspath(args.data_dir or info.get("data_dir", "data"))
+    args.n_new = args.n_new or max(1, base.config.n_layer // 2)
+    if args.batch_size % args.grad_accum:
+        raise ValueError("--grad_accum must divide --batch_size")
+    memory = {name: getattr(args, name) for name in ("n_keys", "top_k", "d_latent")}
+    common = {"base": file_sha256(args.base).hex(), "dataset": args.dataset or info["dataset"], "memory": memory}
+    common |= {name: getattr(args, name) for name in ("tokens", "memory_lr", "weight_decay", "train", "n_new",
+                                                      "batch_size", "grad_accum", "valid_tokens")}  # fmt: skip
+    configs = []
+    for method, options in methods:
+        with torch.device("meta"):  # refuses what cannot be, before anything is trained
+            build(GPT(base.config), method, options, args.n_new, memory) if method not in ("lesa", "opt-deus") else None
+        values = ("+".join(map(str, v)) if isinstance(v, list) else f"{v:g}" for v in options.values())
+        name = method + (":" + ",".join(f"{o}={v}" for o, v in zip(options, values)) if options else "")
+        configs.append({**common, "name": name, "method": method, "options": options})
+    done = read_results(args.results)
+    print(f"{len(configs)} methods on {args.base} ({sum(p.numel() for p in base.parameters()):,} parameters, "
+          f"{common['dataset']}, {info['tokenizer']}), {args.tokens:,} tokens each, on {device}, {args.jobs} at a time")  # fmt: skip
+    data = load_dataset(common["dataset"], info["tokenizer"], args.data_dir)  # tokenized once, before the workers
+    trigram = trigram_perplexity(data["train"].tokens, data["test"].tokens)
+    if len(lrs) > 1:
+        run_all([{**c, "lr": lr, "seed": 0, "test": False} for c in configs for lr in lrs], args, done)
+    finals = []
+    for c in configs:
+        lr = best_lr(c, lrs, done) if len(lrs) > 1 else lrs[0]
+        if lr is None:
+            print(f"{c['name']} diverged at every learning rate")
+            continue
+        finals += [{**c, "lr": lr, "seed": seed, "test": True} for seed in range(1, args.seeds + 1)]
+    run_all(finals, args, done)
+    nll, tokens = sum_nll(base.to(device), data["test"].tokens)
+    base_test = math.exp(nll / tokens)
+    print(f"\ntest perplexity, token-level: trigram model {trigram:.2f}, base {base_test:.2f}\n")
+    mine = [r for r in done if any(all(r.get(n) == v for n, v in c.items()) for c in finals)]
+    rows = summarise(mine, [c["name"] for c in configs])
+    print_rows(rows, base_test)
+    if args.plot:
+        plot(rows, base_test, args.plot)
+
+
+if __name__ == "__main__":
+    run_command(main)
