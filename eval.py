@@ -74,7 +74,7 @@ def count_usage(model: GPT):
 
     def hook(block: int):
         def add(module, inputs, reads: tuple[Tensor, Tensor]) -> None:
-            weights, slots = (part.flatten(0, 1).transpose(0, 1).cpu() for part in reads)  # (H, B*T, k)
+            weights, slots = (part.detach().flatten(0, 1).transpose(0, 1).cpu() for part in reads)  # (H, B*T, k)
             for head in range(config.n_head):
                 n, w, s = config.n_keys**2, weights[head], slots[head]  # w, s (B*T, k), best first
                 counts[block]["top1"][head] += torch.bincount(s[:, 0], minlength=n)

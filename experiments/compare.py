@@ -95,25 +95,27 @@ def build(base: GPT, method: str, options: dict, n_new: int, memory: dict) -> tu
 # One run
 
 
-def look(model: GPT, batch: tuple, tokens: np.ndarray) -> dict:
-    """Inside the memory: gradient norms by kind of parameter, entropy of the weights (nats), slots in use."""
-    model(*batch)[1].backward()
-    kinds = {"bank": "hive.bank", "W": "hive.proj", "keys": "keys", "QKV": "attn.c_attn"}
-    named = [(name, p.grad) for name, p in model.named_parameters() if p.grad is not None]
-    norms = {kind: math.sqrt(sum(g.square().sum().item() for name, g in named if part in name))
-             for kind, part in kinds.items()}  # fmt: skip
-    model.zero_grad()
+def look(model: GPT, batch: list, dtype: torch.dtype) -> dict:
+    """Inside the memory on one batch: gradient norms by kind of parameter, entropy of the weights (nats), slots in use.
+    It takes no more memory than a training step."""
     entropies, hooks = [], []
 
     def hook(module, inputs, reads):
-        entropies.append(torch.special.entr(reads[0]).sum(dim=-1).mean().item())  # weights (B, T, H, k)
+        entropies.append(torch.special.entr(reads[0].detach()).sum(dim=-1).mean().item())  # weights (B, T, H, k)
 
     for i in model.config.new:
         hooks.append(model.h[i].memory.product_keys.register_forward_hook(hook))
-    with count_usage(model) as counts:
-        sum_nll(model, tokens)
+    with count_usage(model) as counts, torch.autocast(batch[0].device.type, dtype, enabled=dtype != torch.float32):
+        loss = model(*batch)[1]
+    loss.backward()
     for handle in hooks:
         handle.remove()
+    kinds = {"bank": "hive.bank", "W": "hive.proj", "keys": "keys", "QKV": "attn.c_attn"}
+    named = [(name, p.grad) for name, p in model.named_parameters()
+             if p.grad is not None and is_new(name, model.config.new)]  # fmt: skip
+    norms = {kind: math.sqrt(sum(g.square().sum().item() for name, g in named if part in name))
+             for kind, part in kinds.items()}  # fmt: skip
+    model.zero_grad()
     used = [usage(c) for c in counts.values()]
     means = {name: statistics.mean(u[name] for u in used) for name in used[0]}
     return {"gradients": norms, "entropy": statistics.mean(entropies), **means}
@@ -151,7 +153,7 @@ def run(job: dict) -> dict:
     def loop() -> None:
         for step in tqdm(range(steps), desc=config["name"], unit="step", disable=None if show else True):
             if config["seed"] == 1 and has_memory and step in (0, steps // 10, steps // 2, steps - 1):
-                looks[step] = look(model, batch_of(step), some[:16385])
+                looks[step] = look(model, batch_of(step), dtype)
             start = clock()
             for group in optimizer.param_groups:
                 group["lr"] = group["peak_lr"] * schedule(step, steps // 20, steps)
