@@ -162,7 +162,6 @@ def run(job: dict) -> dict:
 
     result["seconds"] = 0.0
     try:
-        # float32: an autocast around the loop would keep its bf16 copies of the weights from step to step
         result["memory_mib"] = Bench(device, torch.float32, threads, 1).peak(loop)
     except FloatingPointError:
         return {**config, **result, "valid": None, "test_perplexity": None}  # diverged
@@ -267,7 +266,8 @@ def summarise(done: list[dict], names: list[str]) -> list[dict]:
             for lr in sorted({r["lr"] for r in runs}):
                 same = [r for r in runs if r["lr"] == lr]
                 row = {"name": name, "train": regime, "lr": lr, "seeds": len(same)}
-                for figure in ("added", "trained", "start", "valid", "test_perplexity", "rate", "memory_mib", "seconds"):
+                figures = ("added", "trained", "start", "valid", "test_perplexity", "rate", "memory_mib", "seconds")
+                for figure in figures:
                     row[figure] = statistics.mean(r[figure] for r in same)
                 tests = [r["test_perplexity"] for r in same]
                 row["spread"] = (max(tests) - min(tests)) / 2
@@ -297,8 +297,9 @@ def plot(rows: list[dict], base_test: float, path: str) -> None:
 
     figure, axes = pyplot.subplots(1, 2, figsize=(11, 4.5), sharey=True)
     for axis, figure_name, scale, label in (
-        (axes[0], "added", 1e-6, "added parameters, millions"), (axes[1], "seconds", 1 / 60, "training, minutes of one core"),
-    ):  # fmt: skip
+        (axes[0], "added", 1e-6, "added parameters, millions"),
+        (axes[1], "seconds", 1 / 60, "training, minutes of one core"),
+    ):
         axis.axhline(base_test, color="grey", linestyle=":", label="base")
         for r in rows:
             x = r[figure_name] * scale
@@ -360,8 +361,9 @@ def main() -> None:
         name = method + (":" + ",".join(f"{o}={v}" for o, v in zip(options, values)) if options else "")
         configs.append({**common, "name": name, "method": method, "options": options})
     done = read_results(args.results)
-    print(f"{len(configs)} methods on {args.base} ({sum(p.numel() for p in base.parameters()):,} parameters, "
-          f"{common['dataset']}, {info['tokenizer']}), {args.tokens:,} tokens each, on {device}, {args.jobs} at a time")  # fmt: skip
+    size = sum(p.numel() for p in base.parameters())
+    print(f"{len(configs)} methods on {args.base} ({size:,} parameters, {common['dataset']}, {info['tokenizer']}), "
+          f"{args.tokens:,} tokens each, on {device}, {args.jobs} at a time")  # fmt: skip
     data = load_dataset(common["dataset"], info["tokenizer"], args.data_dir)  # tokenized once, before the workers
     trigram = trigram_perplexity(data["train"].tokens, data["test"].tokens)
     if len(lrs) > 1:
