@@ -147,7 +147,7 @@ def set_trainable(model: GPT, which: str) -> None:
     chosen = model.config.new if which == "new" else ()
     if which not in ("new", "all"):
         if not all(p.isdecimal() and 1 <= int(p) <= model.config.n_layer for p in which.split(",")):
-            raise ValueError(f"--train is new, all, or blocks from 1 to {model.config.n_layer} such as 2,4; not {which}")
+            raise ValueError(f"--train is new, all, or blocks from 1 to {model.config.n_layer} (2,4); not {which}")
         chosen = [int(p) - 1 for p in which.split(",")]
     if which == "new" and not chosen:
         raise ValueError("--train new needs inserted blocks, and this model has none; use --train all")

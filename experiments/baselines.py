@@ -3,7 +3,7 @@ Depth up-scaling methods beside the three of upscale.py. Each takes a base GPT a
 a deeper GPT whose config.new lists the inserted blocks.
 
     stack      copies of blocks, each right after its original, or a run of them on top    Gong et al. 2019 (ICML)
-    average    the mean of the two neighbours                                             the plain baseline of the field
+    average    the mean of the two neighbours                                             the field's plain baseline
     opt-deus   two neighbours aligned by optimal transport, averaged, and silenced         arXiv 2508.08011
     lesa       a small network predicts the block from its two neighbours                  arXiv 2502.13794
 
@@ -140,11 +140,11 @@ def matrices(block: TransformerBlock) -> list[Tensor]:
     return [*block.attn.c_attn.weight.chunk(3), *(linear.weight for linear in wide)]
 
 
-def predict_between(slices: Tensor, gaps: list[int], epochs: int = 10, l: float = 5e-4) -> Tensor:
+def predict_between(slices: Tensor, gaps: list[int], epochs: int = 10, share: float = 5e-4) -> Tensor:
     """slices (L, r, in): one kind of matrix of every block, in the basis they share. Learns slice i from slices i-1 and
     i+1, column by column, and returns the slices (gaps, r, in) between blocks p-1 and p, from 0, for p in gaps.
 
-    Three linear layers, hidden 256, ReLU; loss (1-l) MSE + l MSE of the norms; AdamW 1e-3; batches of 64.
+    Three linear layers, hidden 256, ReLU; loss MSE + a share of MSE of the norms; AdamW 1e-3; batches of 64.
     """
     columns = slices.transpose(1, 2)  # (L, in, r)
     r = columns.size(2)
@@ -155,7 +155,7 @@ def predict_between(slices: Tensor, gaps: list[int], epochs: int = 10, l: float 
     for _ in range(epochs):
         for batch in torch.randperm(len(x)).split(64):
             out, want = net(x[batch]), y[batch]  # both (64, r)
-            loss = (1 - l) * F.mse_loss(out, want) + l * F.mse_loss(out.norm(dim=1), want.norm(dim=1))
+            loss = (1 - share) * F.mse_loss(out, want) + share * F.mse_loss(out.norm(dim=1), want.norm(dim=1))
             optimizer.zero_grad()
             loss.backward()
             optimizer.step()

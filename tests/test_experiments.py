@@ -14,7 +14,7 @@ import ablations
 import baselines
 import bench
 import compare
-from model import GPT, GPTConfig, load_checkpoint
+from model import GPT, GPTConfig, load_checkpoint, save_checkpoint
 
 MEMORY = {"n_keys": 8, "top_k": 4, "d_latent": 8}
 
@@ -234,6 +234,37 @@ def test_the_comparison_runs_once(root, tmp_path):
     assert {key(r): r["valid"] for r in redone} == same
     assert load_checkpoint(str(tmp_path / "base.pt"))[0].config.n_layer == 2
     assert again.count("| midus |") == 1
+
+
+def test_a_run_is_what_a_plain_loop_gives(tmp_path):
+    """In bf16 too, where an autocast context around the loop would go on with the weights of the first step."""
+    text = " = Title = \n the cat sat on the mat , and the dog sat on the cat . \n" * 60
+    for split in ("train", "valid", "test"):
+        (tmp_path / f"wiki.{split}.tokens").write_text(text)
+    torch.manual_seed(0)
+    base = GPT(GPTConfig(2, 2, 16, 16, 257))
+    save_checkpoint(str(tmp_path / "base.pt"), base, tokenizer="bytes", dataset="wikitext2")
+    config = dict(dataset="wikitext2", memory=MEMORY, tokens=1600, memory_lr=1e-2, weight_decay=0.1, train="new", n_new=1,
+                  batch_size=4, grad_accum=1, valid_tokens=500, name="midus", method="midus", options={}, lr=1e-2,
+                  seed=1, test=True)  # fmt: skip
+    job = dict(config=config, threads=torch.get_num_threads(), show=False, base=str(tmp_path / "base.pt"))
+    result = compare.run(job | {"data_dir": str(tmp_path), "device": "cpu"})
+    torch.manual_seed(1)
+    model, _ = compare.build(base, "midus", {}, 1, MEMORY)
+    compare.set_trainable(model, "new")
+    data = compare.load_dataset("wikitext2", "bytes", str(tmp_path))
+    optimizer = compare.make_optimizer(model, 1e-2, 1e-2, 0.1)
+    dtype = torch.bfloat16 if compare.has_bf16(torch.device("cpu")) else torch.float32
+    for step in range(25):
+        for group in optimizer.param_groups:
+            group["lr"] = group["peak_lr"] * compare.schedule(step, 1, 25)
+        compare.train_step(model, optimizer, compare.get_batch(data["train"].tokens, step, 4, 16, 1),
+                           torch.device("cpu"), dtype, 1)  # fmt: skip
+    for name, tokens in (("valid", data["valid"].tokens[:501]), ("test_perplexity", data["test"].tokens)):
+        nll, count = compare.sum_nll(model, tokens)
+        assert result[name] == pytest.approx(np.exp(nll / count), rel=1e-6)
+    assert result["valid"] < 0.98 * result["start"]
+    assert set(result["looks"]) == {0, 2, 12, 24} and result["looks"][0]["gradients"]["W"] == 0
 
 
 def test_the_comparison_refuses_in_a_sentence(root, tmp_path):

@@ -275,6 +275,7 @@ def test_nan_ends_a_run_with_a_sentence_and_keeps_the_last_checkpoint(here, monk
         (["--every", "2"], "--every: only with --upscale"),
         (["--base_tokens", "5"], "--base_tokens: only with --upscale"),
         (["--train", "new"], "needs inserted blocks"),
+        (["--train", "2,9"], "blocks from 1 to 4"),
         (["--base", "none.pt"], "there is no checkpoint at none.pt"),
         (["--base", "gpt2", "--n_layer", "3"], "--n_layer: this run has --base gpt2, not scratch"),
         (["--base", "gpt2", "--block_size", "2000"], "more than the base's 1024 positions"),

@@ -136,6 +136,12 @@ def test_freezing(base):
     assert all(p.requires_grad for p in deeper.parameters())
     with pytest.raises(ValueError, match="needs inserted blocks"):
         set_trainable(base, "new")
+    set_trainable(base, "1,3")
+    assert [all(p.requires_grad for p in block.parameters()) for block in base.h] == [i in (0, 2) for i in range(6)]
+    assert not base.wte.weight.requires_grad
+    for wrong in ("0", "7", "1,,2", "some"):
+        with pytest.raises(ValueError, match="blocks from 1 to 6"):
+            set_trainable(base, wrong)
 
 
 def test_the_command(base, tmp_path, root):
