@@ -14,6 +14,7 @@ several tokens files per split; a split has to fit in memory as text once, while
 import ast
 import hashlib
 import http.client
+import io
 import os
 import platform
 import re
@@ -32,6 +33,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 SPLITS = ("train", "valid", "test")
+CONVENTIONS = ("tokens", "hf", "lm-eval")
 
 # ---------------------------------------------------------------------------------------------------------------
 # Downloads
@@ -120,10 +122,8 @@ def load_tokenizer(name: str) -> tiktoken.Encoding:
         try:
             gpt2 = tiktoken.get_encoding("gpt2")
         except Exception as error:
-            raise OSError(
-                f"tiktoken could not download GPT-2's vocabulary ({error}). Set TIKTOKEN_CACHE_DIR to a folder where "
-                "tiktoken has cached it on another machine, or use --tokenizer bytes"
-            ) from error
+            hint = "Set TIKTOKEN_CACHE_DIR to a folder where it has cached it on another machine, or use --tokenizer bytes"
+            raise OSError(f"tiktoken could not download GPT-2's vocabulary ({error}). {hint}") from error
         ranks, pattern = {piece: rank for piece, rank in gpt2._mergeable_ranks.items() if rank < n}, gpt2._pat_str
     return tiktoken.Encoding(name, pat_str=pattern, mergeable_ranks=ranks, special_tokens={"<|endoftext|>": n})
 
@@ -186,10 +186,9 @@ def build_pydocs(folder: str) -> None:
         name = os.path.relpath(path, root).replace(os.sep, "/")
         documents[name] = "\n\n".join(doc for node in nodes if (doc := ast.get_docstring(node)))
     texts = {split: [] for split in SPLITS}
-    for name in sorted(documents):
+    for name in sorted(name for name, text in documents.items() if text):
         split = {0: "valid", 1: "test"}.get(zlib.crc32(name.encode()) % 20, "train")
-        if documents[name]:
-            texts[split].append(documents[name])
+        texts[split].append(documents[name])
     for split, parts in texts.items():
         path = os.path.join(folder, f"wiki.{split}.txt")
         with open(f"{path}.tmp", "w", encoding="utf-8", newline="\n") as file:
@@ -213,10 +212,8 @@ def find_source(name: str, split: str, data_dir: str) -> tuple[str, str | None]:
     own = os.path.join(data_dir, f"wiki.{split}.{ending}")
     if os.path.exists(own):
         return own, None
-    hint = (
-        f"Without network, put wiki.train.{ending}, wiki.valid.{ending} and wiki.test.{ending} into {data_dir} "
-        "(--data_dir), or use --dataset pydocs, which needs no download."
-    )
+    hint = f"Without network, put wiki.train.{ending}, wiki.valid.{ending} and wiki.test.{ending} into {data_dir} "
+    hint += "(--data_dir), or use --dataset pydocs, which needs no download."
     path = os.path.join(writable(data_dir), os.path.basename(urls[0]))
     download(urls, path, size, sha256, hint)
     return path, f"{folder}/wiki.{split}.{ending}"
@@ -250,27 +247,30 @@ def encode(text: str, tokenizer: tiktoken.Encoding, desc: str) -> np.ndarray:
     return np.concatenate(ids)
 
 
+def count_words(text: str) -> int:
+    """Words, with one end-of-line for each line, as WikiText counts them."""
+    return len(text.split()) + text.count("\n") + (not text.endswith("\n"))
+
+
+def read_text(path: str, member: str | None) -> str:
+    """The text at a place that find_source() names. Raises ValueError if it is not there or not UTF-8."""
+    try:
+        with open(path, "rb") if member is None else zipfile.ZipFile(path).open(member) as file:
+            return file.read().decode("utf-8")
+    except (UnicodeDecodeError, KeyError, zipfile.BadZipFile) as error:
+        raise ValueError(f"{path} does not hold {member or 'a split'} as UTF-8 text: {error}") from error
+
+
 def load_split(name: str, split: str, tokenizer: str, data_dir: str) -> Split:
     """One split as tokens, from a cache keyed by the source file's sha256 and everything else that shapes it."""
     path, member = find_source(name, split, data_dir)
     key = hashlib.sha256(repr((file_sha256(path), member, tokenizer, "layout 1")).encode()).hexdigest()[:16]
     cache = os.path.join(writable(data_dir), f"{name}-{split}-{tokenizer.replace(':', '-')}-{key}.bin")
     if not os.path.exists(cache):
-        encoding = load_tokenizer(tokenizer)
-        try:
-            if member is None:
-                with open(path, "rb") as file:
-                    raw = file.read()
-            else:
-                with zipfile.ZipFile(path) as archive:
-                    raw = archive.read(member)
-            text = raw.decode("utf-8")
-        except (UnicodeDecodeError, KeyError, zipfile.BadZipFile) as error:
-            raise ValueError(f"{path} does not hold the {split} split as UTF-8 text: {error}") from error
-        words = len(text.split()) + text.count("\n") + (not text.endswith("\n"))
+        encoding, text = load_tokenizer(tokenizer), read_text(path, member)
         tokens = encode(text, encoding, f"tokenizing {name} {split}")
         with open(f"{cache}.tmp", "wb") as file:  # two uint64, words and bytes; then the tokens
-            file.write(np.array([words, len(raw)], dtype=np.uint64).tobytes())
+            file.write(np.array([count_words(text), len(text.encode())], dtype=np.uint64).tobytes())
             tokens.tofile(file)
         os.replace(f"{cache}.tmp", cache)
     words, size = np.fromfile(cache, dtype=np.uint64, count=2).tolist()
@@ -283,6 +283,42 @@ def load_dataset(name: str, tokenizer: str, data_dir: str = "data", splits: tupl
         raise ValueError(f"dataset must be one of {', '.join(DATASETS)}; not {name!r}")
     vocab_size(tokenizer)
     return {split: load_split(name, split, tokenizer, data_dir) for split in splits}
+
+
+def detokenize(page: str) -> str:
+    """WikiText's spaced-out text set together again by the rules of lm-eval's `wikitext` task, in their order."""
+    plain = [("s '", "s'"), (" @-@ ", "-"), (" @,@ ", ","), (" @.@ ", ".")] + [(f" {c} ", f"{c} ") for c in ":;.!?,"]
+    for old, new in plain:
+        page = page.replace(old, new)
+    for left, right in ("()", "[]", "{}", '""', "''"):  # no spaces just inside a pair
+        page = re.sub(rf"\{left}\s*([^\{right}]*?)\s*\{right}", rf"{left}\1{right}", page)
+    plain = [(spaced, spaced.replace(" ", "")) for spaced in ("= = = =", "= = =", "= =", " ° ")]
+    for old, new in [*plain, (" \n", "\n"), ("\n ", "\n"), (" N ", " 1 "), (" 's", "'s")]:
+        page = page.replace(old, new)
+    return page
+
+
+def load_pieces(name: str, split: str, tokenizer: str, data_dir: str, convention: str):
+    """A split as one of the field's conventions reads it: (pieces, words, bytes), pieces a list of token arrays of
+    which the first token each is context only.
+
+    tokens: the whole file as it is. hf: its lines as Hugging Face's perplexity guide joins them, which adds newlines.
+    lm-eval: a piece per article, de-tokenized, after one end-of-text token; words and bytes are those of the original.
+    """
+    if convention == "tokens":
+        whole = load_dataset(name, tokenizer, data_dir, (split,))[split]
+        return [whole.tokens], whole.words, whole.bytes
+    text, encoding = read_text(*find_source(name, split, data_dir)), load_tokenizer(tokenizer)
+    if convention == "hf":
+        joined = "\n\n".join(line if line.strip() else "" for line in io.StringIO(text))
+        return [encode(joined, encoding, "tokenizing")], count_words(text), len(text.encode())
+    starts = [heading.start() for heading in re.finditer("^ = [^=].* = $", text, re.MULTILINE)]
+    if not starts:
+        raise ValueError(f"lm-eval's convention cuts WikiText at its headings, and {name} has none")
+    pages = [text[a : b - 1] for a, b in zip(starts, [*starts[1:], len(text) + 1])]  # without the last newline
+    pieces = [[encoding.eot_token, *encoding.encode_ordinary(detokenize(page))] for page in pages]
+    words = sum(len(re.split(r"\s+", page)) for page in pages)
+    return [np.array(p, dtype=np.uint16) for p in pieces], words, sum(len(page.encode()) for page in pages)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -303,8 +339,7 @@ def get_batch(tokens: np.ndarray, index: int, batch_size: int, block_size: int, 
     """
     windows = (len(tokens) - 1) // block_size - 1  # one less than fit: room for the offset
     if windows < 1:
-        need = 2 * block_size + 1
-        raise ValueError(f"the split has {len(tokens)} tokens; block_size {block_size} needs at least {need}")
+        raise ValueError(f"{len(tokens)} tokens are too few: block_size {block_size} needs {2 * block_size + 1}")
     rows = []
     for sequence in range(index * batch_size, (index + 1) * batch_size):
         epoch, window = divmod(sequence, windows)

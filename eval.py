@@ -24,18 +24,20 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-from data import DATASETS, SPLITS, Split, get_batch, load_dataset, load_tokenizer
+from data import CONVENTIONS, DATASETS, SPLITS, Split, get_batch, load_pieces, load_tokenizer
 from model import GPT, count_parameters, open_model, pick_device, run_command
 
 
 @torch.no_grad()
-def sum_nll(model: GPT, tokens: np.ndarray, stride: int | None = None, desc: str = "evaluating") -> tuple[float, int]:
+def sum_nll(
+    model: GPT, tokens: np.ndarray, stride: int | None = None, desc: str = "evaluating", windows: int = 32
+) -> tuple[float, int]:
     """Summed negative log-likelihood, in nats and float64, of every token after the first; and how many those are.
 
-    Windows of block_size tokens start `stride` apart (default: block_size, no overlap). A window scores what no
-    earlier one has scored, so each token counts exactly once, with at least block_size - stride tokens before it
-    once the text is that far in. Batches never hold more than 2^28 logits. Raises ValueError for a bad stride or
-    fewer than two tokens.
+    Windows of block_size tokens start `stride` apart (default: block_size, no overlap); the last is moved back so that
+    it ends with the text. A window scores what no earlier one has scored, so each token counts exactly once, with at
+    least block_size - stride tokens before it once the text is that far in. At most so many windows go at once, and
+    never more than 2^28 logits. Raises ValueError for a bad stride or fewer than two tokens.
     """
     size, device = model.config.block_size, model.wte.weight.device
     stride = size if stride is None else stride
@@ -44,22 +46,19 @@ def sum_nll(model: GPT, tokens: np.ndarray, stride: int | None = None, desc: str
     count = len(tokens) - 1
     if count < 1:
         raise ValueError("the split has fewer than two tokens; there is nothing to predict")
-    last = max(0, math.ceil((count - size) / stride))  # index of the last window: the first to reach the end
-    rows = min(32, max(1, 2**28 // (size * model.config.vocab_size)))
-    total = 0.0
-    for first in tqdm(range(0, last + 1, rows), desc=desc, unit="batch", disable=None, leave=False):
-        windows = range(first, min(first + rows, last + 1))
-        # A last window that is cut short goes on its own; all others have the same length.
-        for group in ([w for w in windows if w < last], [w for w in windows if w == last]):
-            if not group:
-                continue
-            pieces = [tokens[w * stride : min(w * stride + size, count) + 1].astype(np.int64) for w in group]
-            batch = torch.from_numpy(np.stack(pieces)).to(device)  # (B, T + 1)
-            logits = model(batch[:, :-1])[0].float()  # (B, T, vocab)
-            nll = F.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten(), reduction="none").view(len(group), -1)
-            for w, row in zip(group, nll.double().cpu()):  # row (T,)
-                scored = 0 if w == 0 else size - stride  # the window before has scored up to here
-                total += row[scored:].sum().item()
+    final = max(0, count - size)  # where the last window starts
+    starts = [*range(0, final, stride), final]
+    rows = min(windows, max(1, 2**28 // (size * model.config.vocab_size)))
+    total, done = 0.0, 0
+    for first in tqdm(range(0, len(starts), rows), desc=desc, unit="batch", disable=None, leave=False):
+        group = starts[first : first + rows]
+        batch = np.stack([tokens[start : start + size + 1] for start in group]).astype(np.int64)
+        batch = torch.from_numpy(batch).to(device)  # (B, T + 1)
+        logits = model(batch[:, :-1])[0].float()  # (B, T, vocab)
+        nll = F.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten(), reduction="none").view(len(group), -1)
+        for start, row in zip(group, nll.double().cpu()):  # row (T,)
+            total += row[done - start :].sum().item()  # the windows before have scored up to here
+            done = start + len(row)
     return total, count
 
 
@@ -117,16 +116,17 @@ def peak_memory(device: torch.device) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
-def evaluate(model: GPT, split: Split, stride: int | None) -> dict:
-    """All figures of one split: perplexities, tokens per second, and the usage of each memory block."""
+def evaluate(model: GPT, pieces: list[np.ndarray], words: int, size: int, stride: int | None) -> dict:
+    """All figures of a text of so many words and bytes: perplexities, tokens per second, usage of each memory block."""
     start = time.perf_counter()
     with count_usage(model) as counts:
-        nll, tokens = sum_nll(model, split.tokens, stride)
+        sums = [sum_nll(model, piece, stride) for piece in tqdm(pieces, unit="piece", disable=None)]
     seconds = time.perf_counter() - start
+    nll, tokens = (sum(column) for column in zip(*sums))
     return {
-        "tokens": tokens, "words": split.words, "bytes": split.bytes, "nll": nll,
-        "token_perplexity": math.exp(nll / tokens), "word_perplexity": math.exp(nll / split.words),
-        "bits_per_byte": nll / math.log(2) / split.bytes, "tokens_per_second": tokens / seconds,
+        "tokens": tokens, "words": words, "bytes": size, "nll": nll,
+        "token_perplexity": math.exp(nll / tokens), "word_perplexity": math.exp(nll / words),
+        "bits_per_byte": nll / math.log(2) / size, "tokens_per_second": tokens / seconds,
         "peak_memory": peak_memory(model.wte.weight.device),
         "usage": {block: usage(c) for block, c in counts.items()},
     }  # fmt: skip
@@ -191,6 +191,7 @@ def main() -> None:
     parser.add_argument("--split", choices=SPLITS, default="test", help="(default test)")
     parser.add_argument("--dataset", choices=DATASETS, help="(default: the checkpoint's own)")
     parser.add_argument("--data_dir", help="folder of the data (default: the checkpoint's own, or ./data)")
+    parser.add_argument("--convention", choices=CONVENTIONS, default="tokens", help="how text is read (default tokens)")
     parser.add_argument("--stride", type=int, help="tokens between windows (default: the window, no overlap)")
     parser.add_argument("--device", help="cpu, cuda or mps (default: the best there is)")
     parser.add_argument("--json", help="also write the figures to this file")
@@ -203,6 +204,8 @@ def main() -> None:
     args = parser.parse_args()
     if args.max_new_tokens < 1 or args.sample_top_k < 1 or not 0 <= args.temperature < math.inf:
         raise ValueError("--max_new_tokens and --sample_top_k must be at least 1, --temperature at least 0")
+    if args.stride is not None and args.convention == "lm-eval":
+        raise ValueError("--convention lm-eval reads windows without overlap; drop --stride")
     if args.json and not os.path.isdir(os.path.dirname(args.json) or "."):
         raise ValueError(f"--json {args.json}: there is no such folder")
     device = pick_device(args.device)
@@ -225,14 +228,16 @@ def main() -> None:
 
     name = args.dataset or info.get("dataset", "wikitext103")
     data_dir = args.data_dir or info.get("data_dir", "data")
-    split = load_dataset(name, info["tokenizer"], data_dir, (args.split,))[args.split]
-    stride = args.stride or model.config.block_size
-    print(f"{name} {args.split}, tokenizer {info['tokenizer']}, window {model.config.block_size}, stride {stride}")
-    report = evaluate(model, split, stride)
+    stride = args.stride or min(model.config.block_size, 512 if args.convention == "hf" else model.config.block_size)
+    pieces, words, size = load_pieces(name, args.split, info["tokenizer"], data_dir, args.convention)
+    print(f"{name} {args.split} as convention {args.convention}, tokenizer {info['tokenizer']}, window "
+          f"{model.config.block_size}, stride {stride}")  # fmt: skip
+    report = evaluate(model, pieces, words, size, stride)
     print_report(report)
     if args.json:
-        about = {"checkpoint": args.checkpoint, "dataset": name, "split": args.split, "tokenizer": info["tokenizer"],
-                 "window": model.config.block_size, "stride": stride, "parameters": parts}  # fmt: skip
+        about = {"checkpoint": args.checkpoint, "dataset": name, "split": args.split, "stride": stride,
+                 "convention": args.convention, "tokenizer": info["tokenizer"], "window": model.config.block_size,
+                 "parameters": parts}  # fmt: skip
         with open(f"{args.json}.tmp", "w") as file:
             json.dump(about | report, file, indent=2)
         os.replace(f"{args.json}.tmp", args.json)

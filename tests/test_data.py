@@ -12,7 +12,7 @@ import tiktoken
 import torch
 
 import data
-from data import download, encode, get_batch, load_dataset, load_tokenizer, vocab_size
+from data import detokenize, download, encode, get_batch, load_dataset, load_pieces, load_tokenizer, vocab_size
 
 CONTENT = bytes(range(256)) * 3000
 SHA256 = hashlib.sha256(CONTENT).hexdigest()
@@ -191,8 +191,55 @@ def test_a_changed_source_or_tokenizer_never_meets_a_stale_cache(tmp_path):
 
 def test_text_that_is_not_utf8_is_refused(tmp_path):
     (tmp_path / "wiki.test.tokens").write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(ValueError, match="does not hold the test split as UTF-8 text"):
+    with pytest.raises(ValueError, match="wiki.test.tokens does not hold a split as UTF-8 text"):
         load_dataset("wikitext2", "bytes", str(tmp_path), ("test",))
+
+
+@pytest.mark.parametrize("spaced, plain", [
+    ("the dogs ' house", "the dogs' house"), ("a well @-@ known man", "a well-known man"),
+    ("1 @,@ 000 people", "1,000 people"), ("3 @.@ 5 km", "3.5 km"), ("two : three ; four", "two: three; four"),
+    ("Yes . No ! Why ? So , then", "Yes. No! Why? So, then"), ("a ( b c ) d", "a (b c) d"), ("[ x ] { y }", "[x] {y}"),
+    ('he said " no way " twice', 'he said "no way" twice'), ("a ' quoted ' word", "a 'quoted' word"),
+    ("= = Head = =", "== Head =="), ("= = = Lower = = =", "=== Lower ==="), ("= = = = Deep = = = =", "==== Deep ===="),
+    ("20 ° C", "20°C"), ("one \n two", "one\ntwo"), ("N N of N times", "N 1 of 1 times"), ("the man 's", "the man's"),
+])  # fmt: skip
+def test_each_rule_of_detokenization(spaced, plain):
+    assert detokenize(spaced) == plain
+
+
+def test_conventions_by_hand(tmp_path):
+    text = " \n = One = \n \n It is , he said , 3 @.@ 5 . \n = = Part = = \n More . \n = Two = \n End . \n"
+    (tmp_path / "wiki.test.raw").write_text(text)
+
+    def load(convention):
+        pieces, words, size = load_pieces("wikitext2-raw", "test", "bytes", str(tmp_path), convention)
+        return [bytes(t for t in piece if t < 256).decode() for piece in pieces], words, size
+
+    assert load("tokens") == ([text], len(text.split()) + 8, len(text))
+    rows = ["", " = One = \n", "", " It is , he said , 3 @.@ 5 . \n", " = = Part = = \n", " More . \n", " = Two = \n"]
+    rows.append(" End . \n")
+    assert load("hf") == (["\n\n".join(rows)], len(text.split()) + 8, len(text))
+    pages, words, size = load("lm-eval")
+    assert pages == [" = One =\n\nIt is, he said, 3.5.\n== Part ==\nMore. ", " = Two =\nEnd.\n"]
+    first, second = text[2 : text.index(" = Two") - 1], text[text.index(" = Two") :]
+    assert size == len(first) + len(second)
+    assert words == len(first.split()) + 2 + len(second.split()) + 2  # and an empty word at both ends
+    (tmp_path / "wiki.test.raw").write_text("no heading\n")
+    with pytest.raises(ValueError, match="cuts WikiText at its headings"):
+        load("lm-eval")
+
+
+def test_conventions_on_the_real_text(wikitext2, gpt2_vocabulary):
+    """62 articles in the test split, 60 in the validation split, as lm-eval's data set has them."""
+    for split, articles in (("test", 62), ("valid", 60)):
+        pieces, words, size = load_pieces("wikitext2", split, "gpt2:4096", str(wikitext2), "lm-eval")
+        assert len(pieces) == articles and all(piece[0] == 4096 for piece in pieces)
+
+
+def test_detokenization_is_that_of_the_harness(wikitext2):
+    task = pytest.importorskip("lm_eval.tasks.wikitext.preprocess_wikitext")
+    text = (wikitext2 / "wiki.test.tokens").read_text(encoding="utf-8")
+    assert detokenize(text) == task.wikitext_detokenizer({"page": text})
 
 
 def test_pydocs(tmp_path):
@@ -222,6 +269,6 @@ def test_batches_depend_on_index_and_seed_alone_and_an_epoch_reads_every_window_
 
 
 def test_a_split_that_is_too_short_is_refused():
-    with pytest.raises(ValueError, match="20 tokens; block_size 10 needs at least 21"):
+    with pytest.raises(ValueError, match="20 tokens are too few: block_size 10 needs 21"):
         get_batch(np.zeros(20, dtype=np.uint16), 0, 1, 10, 0)
     get_batch(np.zeros(21, dtype=np.uint16), 0, 1, 10, 0)
