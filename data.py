@@ -23,8 +23,9 @@ import urllib.request
 import warnings
 import zipfile
 import zlib
-from dataclasses import dataclass
+from collections import namedtuple
 from functools import lru_cache
+from pydoc_data.topics import topics
 
 import numpy as np
 import tiktoken
@@ -33,6 +34,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 SPLITS = ("train", "valid", "test")
+TIMEOUT = 30  # seconds without a byte, after which a download gives up
 CONVENTIONS = ("tokens", "hf", "lm-eval")
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -74,7 +76,7 @@ def download(urls: list[str], path: str, size: int | None = None, sha256: str | 
         try:
             # One of the hosts answers 403 to Python's default user agent.
             request = urllib.request.Request(url, headers={"User-Agent": "nanoMIDUS/1.0"})
-            with urllib.request.urlopen(request, timeout=30) as reply, open(temporary, "wb") as file:
+            with urllib.request.urlopen(request, timeout=TIMEOUT) as reply, open(temporary, "wb") as file:
                 total = int(reply.headers.get("Content-Length") or 0)
                 print(f"downloading {url} to {path}")
                 with tqdm(total=total or None, unit="B", unit_scale=True, disable=None) as bar:
@@ -122,7 +124,7 @@ def load_tokenizer(name: str) -> tiktoken.Encoding:
         try:
             gpt2 = tiktoken.get_encoding("gpt2")
         except Exception as error:
-            hint = "Set TIKTOKEN_CACHE_DIR to a folder where it has cached it on another machine, or use --tokenizer bytes"
+            hint = "Set TIKTOKEN_CACHE_DIR to a folder where it is cached from elsewhere, or use --tokenizer bytes"
             raise OSError(f"tiktoken could not download GPT-2's vocabulary ({error}). {hint}") from error
         ranks, pattern = {piece: rank for piece, rank in gpt2._mergeable_ranks.items() if rank < n}, gpt2._pat_str
     return tiktoken.Encoding(name, pat_str=pattern, mergeable_ranks=ranks, special_tokens={"<|endoftext|>": n})
@@ -166,8 +168,6 @@ def build_pydocs(folder: str) -> None:
     Sources are parsed, never imported. A document is a topic or a module; a checksum of its name picks the split
     (one in 20 each for valid and test), so that nothing depends on hash or directory order.
     """
-    from pydoc_data.topics import topics
-
     documents = {f"topic {name}": text for name, text in topics.items()}
     root, skip = sysconfig.get_paths()["stdlib"], {"test", "tests", "idle_test", "site-packages", "dist-packages"}
     sources = []
@@ -209,8 +209,7 @@ def find_source(name: str, split: str, data_dir: str) -> tuple[str, str | None]:
             build_pydocs(folder)
         return os.path.join(folder, f"wiki.{split}.txt"), None
     folder, ending, urls, size, sha256 = WIKITEXT[name]
-    own = os.path.join(data_dir, f"wiki.{split}.{ending}")
-    if os.path.exists(own):
+    if os.path.exists(own := os.path.join(data_dir, f"wiki.{split}.{ending}")):
         return own, None
     hint = f"Without network, put wiki.train.{ending}, wiki.valid.{ending} and wiki.test.{ending} into {data_dir} "
     hint += "(--data_dir), or use --dataset pydocs, which needs no download."
@@ -223,13 +222,8 @@ def find_source(name: str, split: str, data_dir: str) -> tuple[str, str | None]:
 # Tokens
 
 
-@dataclass(frozen=True)
-class Split:
-    """One split, tokenized. tokens: uint16 memory map; words: one end-of-line each included; bytes: of the text."""
-
-    tokens: np.ndarray
-    words: int
-    bytes: int
+# One split, tokenized. tokens: uint16 memory map; words: one end-of-line each included; bytes: of the text.
+Split = namedtuple("Split", ("tokens", "words", "bytes"))
 
 
 def encode(text: str, tokenizer: tiktoken.Encoding, desc: str) -> np.ndarray:
@@ -253,28 +247,34 @@ def count_words(text: str) -> int:
 
 
 def read_text(path: str, member: str | None) -> str:
-    """The text at a place that find_source() names. Raises ValueError if it is not there or not UTF-8."""
+    """The text at a place that find_source() names, its lines ending in \\n. Raises ValueError if there is none."""
     try:
         with open(path, "rb") if member is None else zipfile.ZipFile(path).open(member) as file:
-            return file.read().decode("utf-8")
+            text = file.read().decode("utf-8-sig").replace("\r\n", "\n")  # as on other systems: no mark, no \r
     except (UnicodeDecodeError, KeyError, zipfile.BadZipFile) as error:
         raise ValueError(f"{path} does not hold {member or 'a split'} as UTF-8 text: {error}") from error
+    if not text.strip():
+        raise ValueError(f"{path} is empty{f' in {member}' if member else ''}; a split needs some text")
+    return text
 
 
 def load_split(name: str, split: str, tokenizer: str, data_dir: str) -> Split:
     """One split as tokens, from a cache keyed by the source file's sha256 and everything else that shapes it."""
     path, member = find_source(name, split, data_dir)
-    key = hashlib.sha256(repr((file_sha256(path), member, tokenizer, "layout 1")).encode()).hexdigest()[:16]
+    key = hashlib.sha256(repr((file_sha256(path), member, tokenizer, "layout 2")).encode()).hexdigest()[:16]
     cache = os.path.join(writable(data_dir), f"{name}-{split}-{tokenizer.replace(':', '-')}-{key}.bin")
     if not os.path.exists(cache):
         encoding, text = load_tokenizer(tokenizer), read_text(path, member)
         tokens = encode(text, encoding, f"tokenizing {name} {split}")
-        with open(f"{cache}.tmp", "wb") as file:  # two uint64, words and bytes; then the tokens
-            file.write(np.array([count_words(text), len(text.encode())], dtype=np.uint64).tobytes())
+        with open(f"{cache}.tmp", "wb") as file:  # three uint64: words, bytes, tokens; then the tokens
+            file.write(np.array([count_words(text), len(text.encode()), len(tokens)], dtype=np.uint64).tobytes())
             tokens.tofile(file)
         os.replace(f"{cache}.tmp", cache)
-    words, size = np.fromfile(cache, dtype=np.uint64, count=2).tolist()
-    return Split(np.memmap(cache, dtype=np.uint16, mode="r", offset=16), words, size)
+    words, size, length = [*np.fromfile(cache, dtype=np.uint64, count=3).tolist(), 0, 0, 0][:3]
+    tokens = np.memmap(cache, np.uint16, "r", 24) if os.path.getsize(cache) == 24 + 2 * length > 24 else None
+    if tokens is None or tokens.max() >= vocab_size(tokenizer):
+        raise ValueError(f"{cache} is damaged; delete it, and it is made again")
+    return Split(tokens, words, size)
 
 
 def load_dataset(name: str, tokenizer: str, data_dir: str = "data", splits: tuple = SPLITS) -> dict[str, Split]:
@@ -316,9 +316,9 @@ def load_pieces(name: str, split: str, tokenizer: str, data_dir: str, convention
     if not starts:
         raise ValueError(f"lm-eval's convention cuts WikiText at its headings, and {name} has none")
     pages = [text[a : b - 1] for a, b in zip(starts, [*starts[1:], len(text) + 1])]  # without the last newline
-    pieces = [[encoding.eot_token, *encoding.encode_ordinary(detokenize(page))] for page in pages]
+    ids = [[encoding.eot_token, *encoding.encode_ordinary(detokenize(page))] for page in pages]
     words = sum(len(re.split(r"\s+", page)) for page in pages)
-    return [np.array(p, dtype=np.uint16) for p in pieces], words, sum(len(page.encode()) for page in pages)
+    return [np.uint16(piece) for piece in ids], words, sum(len(page.encode()) for page in pages)
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -335,11 +335,11 @@ def get_batch(tokens: np.ndarray, index: int, batch_size: int, block_size: int, 
 
     A function of its arguments alone, so batch i is the same in every method and after a resume. An epoch reads
     every window of block_size tokens once, in random order; each epoch cuts the windows at another offset.
-    Raises ValueError if there are not two windows of tokens.
+    Raises ValueError if the tokens do not fill one batch and one window more.
     """
     windows = (len(tokens) - 1) // block_size - 1  # one less than fit: room for the offset
-    if windows < 1:
-        raise ValueError(f"{len(tokens)} tokens are too few: block_size {block_size} needs {2 * block_size + 1}")
+    if windows < batch_size:
+        raise ValueError(f"{len(tokens)} tokens are too few for {batch_size} + 1 sequences of {block_size} and one")
     rows = []
     for sequence in range(index * batch_size, (index + 1) * batch_size):
         epoch, window = divmod(sequence, windows)

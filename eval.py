@@ -62,6 +62,11 @@ def sum_nll(
     return total, count
 
 
+def perplexity(nll: float, count: int) -> float:
+    """exp(nll / count), or infinity where no float is large enough."""
+    return math.exp(nll / count) if nll / count < 700 else math.inf
+
+
 @contextmanager
 def count_usage(model: GPT):
     """Counts what every memory block reads while the context is open; yields {block index: counts}.
@@ -125,7 +130,7 @@ def evaluate(model: GPT, pieces: list[np.ndarray], words: int, size: int, stride
     nll, tokens = (sum(column) for column in zip(*sums))
     return {
         "tokens": tokens, "words": words, "bytes": size, "nll": nll,
-        "token_perplexity": math.exp(nll / tokens), "word_perplexity": math.exp(nll / words),
+        "token_perplexity": perplexity(nll, tokens), "word_perplexity": perplexity(nll, words),
         "bits_per_byte": nll / math.log(2) / size, "tokens_per_second": tokens / seconds,
         "peak_memory": peak_memory(model.wte.weight.device),
         "usage": {block: usage(c) for block, c in counts.items()},
@@ -139,10 +144,8 @@ def print_report(report: dict) -> None:
     print(f"tokens/s                {report['tokens_per_second']:,.0f}   counting of memory reads included")
     print(f"peak memory             {report['peak_memory'] / 2**20:,.0f} MiB")
     for block, figures in report["usage"].items():
-        print(
-            f"memory in block {block}: {figures['top1']:.1%} of slots ever best, {figures['topk']:.1%} ever read, "
-            f"KL to uniform {figures['kl']:.2f} nats (means over heads)"
-        )
+        print(f"memory in block {block}: {figures['top1']:.1%} of slots ever best, {figures['topk']:.1%} ever read, "
+              f"KL to uniform {figures['kl']:.2f} nats (means over heads)")  # fmt: skip
 
 
 def step_seconds(model: GPT, train: Split, s: dict, device: torch.device) -> float:
@@ -168,7 +171,7 @@ def row(label: str, model: GPT, valid: Split, state: dict | None = None, s: dict
         ("trained", (p for p in model.parameters() if p.requires_grad)),
     )}  # fmt: skip
     nll, tokens = sum_nll(model, valid.tokens, desc=f"validating {label}")
-    done = {"label": label, **size, "perplexity": math.exp(nll / tokens)}
+    done = {"label": label, **size, "perplexity": perplexity(nll, tokens)}
     if state:
         done["rate"] = state["step"] * s["batch_size"] * s["block_size"] / state["seconds"]
         done["memory"] = peak_memory(model.wte.weight.device)

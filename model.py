@@ -48,6 +48,8 @@ class GPTConfig:
         for name in ("n_layer", "n_head", "n_embd", "block_size", "vocab_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
+        if self.n_layer > 1000:  # before a loop over them begins
+            raise ValueError(f"n_layer must be at most 1000, not {self.n_layer}")
         if self.n_embd % self.n_head:
             raise ValueError(f"n_embd must be a multiple of n_head; got {self.n_embd} and {self.n_head}")
         if self.blocks == "":
@@ -135,10 +137,8 @@ class MemoryBlock(nn.Module):
         super().__init__()
         self.ln_1 = nn.LayerNorm(config.n_embd)
         self.attn = Heads(config)
-        head_dim = config.n_embd // config.n_head
-        self.memory = HeadwiseMemory(
-            config.n_head, head_dim, config.n_keys, config.top_k, config.d_latent, config.query_norm
-        )
+        shape = config.n_keys, config.top_k, config.d_latent, config.query_norm
+        self.memory = HeadwiseMemory(config.n_head, config.n_embd // config.n_head, *shape)
 
     def forward(self, x: Tensor, cache: dict | None = None) -> Tensor:
         return x + self.memory(self.attn(self.ln_1(x), cache))
@@ -165,8 +165,7 @@ class GPT(nn.Module):
         self.config = config
         self.wte = nn.Embedding(config.vocab_size, config.n_embd)
         self.wpe = nn.Embedding(config.block_size, config.n_embd)
-        kinds = {"T": TransformerBlock, "M": MemoryBlock}
-        self.h = nn.ModuleList(kinds[kind](config) for kind in config.blocks)
+        self.h = nn.ModuleList({"T": TransformerBlock, "M": MemoryBlock}[kind](config) for kind in config.blocks)
         self.ln_f = nn.LayerNorm(config.n_embd)
         # GPT-2 starts at std 0.02, for its width of 768; kept in proportion to C^-0.5 [choice], narrow models
         # learn to attend several times sooner. c_proj, which writes to the residual stream, starts smaller.
@@ -249,8 +248,7 @@ class GPT(nn.Module):
             model = cls(GPTConfig(n_layer, n_embd // 64, n_embd, block_size, vocab_size))  # heads are 64 wide
             model.load_state_dict(state)
         except Exception as error:  # torch.load and load_state_dict raise many kinds
-            reason = str(error).strip().split("\n")[0]
-            raise ValueError(f"{path} does not hold GPT-2 weights in OpenAI's layout: {reason}") from error
+            raise ValueError(f"{path} does not hold GPT-2 weights: {' '.join(str(error).split())[:200]}") from error
         return model
 
 
@@ -301,10 +299,12 @@ def load_checkpoint(path: str) -> tuple[GPT, dict]:
         raise ValueError(f"{path} is damaged or is no nanoMIDUS checkpoint: its sha256 does not match")
     try:
         info = torch.load(path, map_location="cpu", weights_only=True)
-        model = GPT(GPTConfig(**info.pop("config")))
-        model.load_state_dict(info.pop("model"))
+        config, state = GPTConfig(**info.pop("config")), info.pop("model")
+        with torch.device("meta"):  # shapes without memory, however large they say they are
+            model = GPT(config)
+        model.load_state_dict(state, assign=True)
     except Exception as error:  # whole, but something else: torch.load and GPT raise many kinds
-        raise ValueError(f"{path} does not hold a nanoMIDUS model: {str(error).splitlines()[0]}") from error
+        raise ValueError(f"{path} does not hold a nanoMIDUS model: {' '.join(str(error).split())[:200]}") from error
     return model, info
 
 
@@ -321,9 +321,7 @@ def open_model(name_or_file: str, data_dir: str = "data") -> tuple[GPT, dict]:
 
 def pick_device(name: str | None = None) -> torch.device:
     """The device called `name`, or the best there is. Raises ValueError if the machine does not have it."""
-    have = ["cpu"]
-    if torch.backends.mps.is_available():
-        have = ["mps", "cpu"]
+    have = ["mps", "cpu"] if torch.backends.mps.is_available() else ["cpu"]
     if torch.cuda.is_available():
         have = ["cuda", *(f"cuda:{i}" for i in range(torch.cuda.device_count())), *have]
     if name is not None and name not in have:
@@ -345,6 +343,8 @@ def run_command(main) -> None:
     except KeyboardInterrupt as error:
         print(str(error) or "interrupted", file=sys.stderr)
         sys.exit(130)
-    except (ValueError, OSError, ArithmeticError, torch.OutOfMemoryError) as error:
-        print(f"error: {error}", file=sys.stderr)
+    except (ValueError, OSError, ArithmeticError, MemoryError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "memory" not in str(error):  # torch's name for many faults
+            raise
+        print(f"error: {' '.join(str(error).split())[:300]}", file=sys.stderr)
         sys.exit(2 if isinstance(error, ValueError) else 1)

@@ -27,7 +27,7 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 from data import DATASETS, Split, get_batch, load_dataset, vocab_size, writable
-from eval import print_table, row, step_seconds, sum_nll
+from eval import perplexity, print_table, row, step_seconds, sum_nll
 from model import GPT, PRETRAINED, GPTConfig, has_bf16, load_checkpoint, open_model, pick_device
 from model import run_command, save_checkpoint
 from upscale import METHODS, add_arguments, amount, count, set_trainable, summary, upscale
@@ -285,7 +285,7 @@ def fit(model: GPT, data: dict[str, Split], s: dict, state: dict, out: str, devi
                 entry["valid_loss"] = nll / tokens
                 rate = state["step"] * step_tokens / state["seconds"]
                 tqdm.write(f"step {state['step']}/{s['steps']}  loss {loss:.3f}  validation perplexity "
-                           f"{math.exp(nll / tokens):.2f} on {tokens:,} tokens  {rate:,.0f} tokens/s")  # fmt: skip
+                           f"{perplexity(nll, tokens):.2f} on {tokens:,} tokens  {rate:,.0f} tokens/s")  # fmt: skip
             state["history"].append(entry)
             log.write(json.dumps(entry) + "\n")
             bar.update()
@@ -363,8 +363,8 @@ def main() -> None:
     args = parse_arguments()
     device, rank, ranks = join_ranks(pick_device(args.device))
     base = None
-    if not os.path.isdir(os.path.dirname(args.out) or "."):
-        raise ValueError(f"--out {args.out}: there is no such folder")
+    if not os.access(os.path.dirname(args.out) or ".", os.W_OK) or os.path.isdir(args.out):
+        raise ValueError(f"--out {args.out}: there is no such folder, or no file can be written there")
     if args.resume:
         model, state = load_checkpoint(args.out)
         s = state.pop("settings", {})
@@ -386,7 +386,7 @@ def main() -> None:
             if s["base"] in PRETRAINED and not args.resume:
                 base = GPT.from_pretrained(s["base"], writable(s["data_dir"]))
         mean_over_ranks([], device)
-    get_batch(data["train"].tokens, 0, 1, s["block_size"], 0)  # refuses a split that is too short
+    get_batch(data["train"].tokens, 0, s["batch_size"], s["block_size"], 0)  # refuses a split that is too short
     if not args.resume:
         model, state = begin(s, data, device, base)
     del base  # up-scaling copied it

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 from hml import HIVE, ProductKeys
-from model import GPT, MLP, Attention, GPTConfig, Heads, MemoryBlock
+from model import GPT, MLP, Attention, GPTConfig, MemoryBlock
 from upscale import assemble
 
 

@@ -33,7 +33,7 @@ import baselines
 from ablations import VARIANTS, stacked
 from bench import Bench
 from data import DATASETS, file_sha256, get_batch, load_dataset
-from eval import count_usage, sum_nll, usage
+from eval import count_usage, perplexity, sum_nll, usage
 from model import GPT, has_bf16, load_checkpoint, pick_device, run_command
 from train import make_optimizer, schedule, train_step
 from upscale import amount, count, place, set_trainable, upscale
@@ -145,7 +145,7 @@ def run(job: dict) -> dict:
     losses, looks, clock = [], {}, time.process_time if device.type == "cpu" and threads == 1 else time.perf_counter
     result = {"added": new, "trained": sum(p.numel() for p in model.parameters() if p.requires_grad)}
     nll, tokens = sum_nll(model, some)
-    result["start"] = math.exp(nll / tokens)
+    result["start"] = perplexity(nll, tokens)
 
     def batch_of(step: int) -> list:
         return [half.to(device) for half in get_batch(data["train"].tokens, step, batch_size, T, config["seed"])]
@@ -166,10 +166,10 @@ def run(job: dict) -> dict:
     except FloatingPointError:
         return {**config, **result, "valid": None, "test_perplexity": None}  # diverged
     nll, tokens = sum_nll(model, some)
-    result["valid"] = math.exp(nll / tokens)
+    result["valid"] = perplexity(nll, tokens)
     if config["test"]:
         nll, tokens = sum_nll(model, data["test"].tokens)
-        result["test_perplexity"] = math.exp(nll / tokens)
+        result["test_perplexity"] = perplexity(nll, tokens)
     result["rate"] = steps * batch_size * T / result["seconds"]
     edges = [i * steps // 20 for i in range(21)] if steps >= 20 else range(steps + 1)
     result["losses"] = [round(statistics.mean(losses[a:b]), 4) for a, b in zip(edges, edges[1:])]
@@ -377,7 +377,7 @@ def main() -> None:
         finals += [{**c, "lr": lr, "seed": seed, "test": True} for seed in range(1, args.seeds + 1)]
     run_all(finals, args, done)
     nll, tokens = sum_nll(base.to(device), data["test"].tokens)
-    base_test = math.exp(nll / tokens)
+    base_test = perplexity(nll, tokens)
     print(f"\ntest perplexity, token-level: trigram model {trigram:.2f}, base {base_test:.2f}\n")
     mine = [r for r in done if any(all(r.get(n) == v for n, v in c.items()) for c in finals)]
     rows = summarise(mine, [c["name"] for c in configs])

@@ -13,6 +13,16 @@ if (SHARED / "tiktoken_cache").is_dir():
     os.environ.setdefault("TIKTOKEN_CACHE_DIR", str(SHARED / "tiktoken_cache"))
 
 
+def pytest_addoption(parser):
+    parser.addoption("--long", action="store_true", help="more tries of every fault, and a soak (about an hour)")
+
+
+@pytest.fixture
+def long(request):
+    """Whether the long forms of the tests are asked for."""
+    return request.config.getoption("--long")
+
+
 @pytest.fixture(scope="session")
 def root():
     return ROOT

@@ -244,9 +244,9 @@ def test_a_run_is_what_a_plain_loop_gives(tmp_path):
     torch.manual_seed(0)
     base = GPT(GPTConfig(2, 2, 16, 16, 257))
     save_checkpoint(str(tmp_path / "base.pt"), base, tokenizer="bytes", dataset="wikitext2")
-    config = dict(dataset="wikitext2", memory=MEMORY, tokens=1600, memory_lr=1e-2, weight_decay=0.1, train="new", n_new=1,
-                  batch_size=4, grad_accum=1, valid_tokens=500, name="midus", method="midus", options={}, lr=1e-2,
-                  seed=1, test=True)  # fmt: skip
+    config = dict(dataset="wikitext2", memory=MEMORY, tokens=1600, memory_lr=1e-2, weight_decay=0.1, train="new",
+                  n_new=1, batch_size=4, grad_accum=1, valid_tokens=500, name="midus", method="midus", options={},
+                  lr=1e-2, seed=1, test=True)  # fmt: skip
     job = dict(config=config, threads=torch.get_num_threads(), show=False, base=str(tmp_path / "base.pt"))
     result = compare.run(job | {"data_dir": str(tmp_path), "device": "cpu"})
     torch.manual_seed(1)

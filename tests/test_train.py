@@ -316,4 +316,4 @@ def test_resume_refuses_what_contradicts_the_checkpoint(here, monkeypatch, capsy
 def test_a_text_that_is_too_short_is_refused(here, monkeypatch, capsys):
     (here / "data" / "wiki.train.tokens").write_text("short")
     assert call(monkeypatch, *command(*TINY, "--upscale", "midus")) == 2
-    assert "block_size 16 needs 33" in capsys.readouterr().err
+    assert "too few for 4 + 1 sequences of 16" in capsys.readouterr().err
