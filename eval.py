@@ -64,7 +64,7 @@ def sum_nll(
 
 def perplexity(nll: float, count: int) -> float:
     """exp(nll / count), or infinity where no float is large enough."""
-    return math.exp(nll / count) if nll / count < 700 else math.inf
+    return math.inf if nll / count > 700 else math.exp(nll / count)
 
 
 @contextmanager

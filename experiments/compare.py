@@ -167,9 +167,8 @@ def run(job: dict) -> dict:
         return {**config, **result, "valid": None, "test_perplexity": None}  # diverged
     nll, tokens = sum_nll(model, some)
     result["valid"] = perplexity(nll, tokens)
-    if config["test"]:
-        nll, tokens = sum_nll(model, data["test"].tokens)
-        result["test_perplexity"] = perplexity(nll, tokens)
+    nll, tokens = sum_nll(model, data["test"].tokens) if config["test"] else (math.nan, 1)
+    result["test_perplexity"] = perplexity(nll, tokens)
     result["rate"] = steps * batch_size * T / result["seconds"]
     edges = [i * steps // 20 for i in range(21)] if steps >= 20 else range(steps + 1)
     result["losses"] = [round(statistics.mean(losses[a:b]), 4) for a, b in zip(edges, edges[1:])]
@@ -281,9 +280,12 @@ def print_rows(rows: list[dict], base_test: float) -> None:
     for r in rows:
         spread = f" ± {r['spread']:.2f}" if r["seeds"] > 1 else ""
         gained = f"{(base_test - r['test_perplexity']) / r['added'] * 1e6:.2f}" if r["added"] else "-"
-        print(f"| {r['name']} | {r['train']} | {r['lr']:g} | {r['added'] / 1e6:.2f} | {r['trained'] / 1e6:.2f} | "
-              f"{r['start']:.2f} | {r['valid']:.2f} | {r['test_perplexity']:.2f}{spread} | {r['rate']:,.0f} | "
-              f"{r['memory_mib']:.0f} | {gained} |")  # fmt: skip
+        line = (
+            f"| {r['name']} | {r['train']} | {r['lr']:g} | {r['added'] / 1e6:.2f} | {r['trained'] / 1e6:.2f} | "
+            f"{r['start']:.2f} | {r['valid']:.2f} | {r['test_perplexity']:.2f}{spread} | {r['rate']:,.0f} | "
+            f"{r['memory_mib']:.0f} | {gained} |"
+        )
+        print(line.replace("nan", "-"))
 
 
 def plot(rows: list[dict], base_test: float, path: str) -> None:
@@ -327,6 +329,7 @@ def main() -> None:
     parser.add_argument("--d_latent", type=count, default=64, help="(default 64)")
     parser.add_argument("--batch_size", type=count, default=16, help="sequences per step (default 16)")
     parser.add_argument("--grad_accum", type=count, default=1, help="parts a step's batch is cut in (default 1)")
+    parser.add_argument("--screen", action="store_true", help="leave the test split alone; the table ends at validation")
     parser.add_argument("--valid_tokens", type=count, default=100_000, help="of the validation split (default 1e5)")
     parser.add_argument("--dataset", choices=DATASETS, help="(default: the base's own)")
     parser.add_argument("--data_dir", help="folder of the data (default: the base's own)")
@@ -374,7 +377,7 @@ def main() -> None:
         if lr is None:
             print(f"{c['name']} diverged at every learning rate")
             continue
-        finals += [{**c, "lr": lr, "seed": seed, "test": True} for seed in range(1, args.seeds + 1)]
+        finals += [{**c, "lr": lr, "seed": seed, "test": not args.screen} for seed in range(1, args.seeds + 1)]
     run_all(finals, args, done)
     nll, tokens = sum_nll(base.to(device), data["test"].tokens)
     base_test = perplexity(nll, tokens)
