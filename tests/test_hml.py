@@ -2,6 +2,10 @@
 
 import doctest
 import itertools
+import math
+import re
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -188,10 +192,10 @@ def test_bf16_model_and_autocast_search_in_fp32():
 @pytest.mark.parametrize(
     "change, sentence",
     [
-        ({"top_k": 7}, "top_k must be at most n_keys, 6"),
-        ({"top_k": 1}, "top_k must be at least 2"),
+        ({"top_k": 7}, "top_k must lie between 2 and n_keys, 6"),
+        ({"top_k": 1}, "top_k must lie between 2 and n_keys"),
         ({"head_dim": 7}, "the head width must be even, not 7"),
-        ({"n_keys": 0}, "must be at least 1"),
+        ({"n_keys": 0}, "n_keys, d_latent at least 1"),
     ],
 )
 def test_layer_refuses(change, sentence):
@@ -201,9 +205,31 @@ def test_layer_refuses(change, sentence):
 
 @pytest.mark.parametrize("shape", [(2, 5, 16), (2, 5, 8, 2), (5, 2, 8)])
 def test_layer_refuses_a_shape_that_does_not_fit(shape):
-    with pytest.raises(ValueError, match=r"takes head outputs of shape \(B, T, 2, 8\)"):
+    with pytest.raises(ValueError, match=r"heads must be \(B, T, 2, 8\)"):
         HeadwiseMemory(2, 8, 6, 3, 4)(torch.randn(shape))
 
 
 def test_docstring_examples():
     assert doctest.testmod(hml).failed == 0
+
+
+def test_the_worked_example(root):
+    """`python hml.py` prints the numbers that the head of the file states, and those of a search by hand."""
+    run = subprocess.run([sys.executable, str(root / "hml.py")], capture_output=True, text=True)
+    assert run.returncode == 0 and run.stderr == ""
+    printed = {line[:22].strip(): line[22:].replace("tensor", "") for line in run.stdout.splitlines()}
+    assert printed["with an empty bank"].split("]")[0] == " ([0., 0., 0., 0."
+    numbers = {name: [float(x) for x in re.findall(r"-?\d+\.?\d*", text)] for name, text in printed.items()}
+    assert numbers["row scores"] == [2, 5, -1, 1, 0, 5, 2] and numbers["col scores"] == [4, -1, 3, 0, 2, 4, 3]
+    assert numbers["pairs that can win"] == [0, 0, 0, 1, 1, 0]
+    assert numbers["best scores and slots"] == [9, 8, 3, 5]
+    sums = torch.tensor(numbers["of all nine sums"])
+    assert sums.topk(2).indices.tolist() == [3, 5] and sums.topk(2).values.tolist() == [9, 8]
+    first = 1 / (1 + math.exp(-1))
+    assert numbers["weights and entries"] == [round(first, 3), round(1 - first, 3), 4, 0, 0, 4]
+    z = torch.tensor([4 * first, 4 * (1 - first)])
+    m = z @ torch.tensor([[1.0, 0, 2, 1], [0, 1, 0, -1]])
+    assert numbers["latent z"] == [round(x, 3) for x in z.tolist()]
+    assert numbers["the head's value m"] == [round(x, 3) for x in m.tolist()]
+    for name in ("latent z", "the head's value m"):
+        assert ", ".join(f"{x:.3f}" for x in numbers[name]) in hml.__doc__

@@ -266,8 +266,8 @@ def test_nan_ends_a_run_with_a_sentence_and_keeps_the_last_checkpoint(here, monk
     "flags, sentence",
     [
         (["--n_head", "3"], "n_embd must be a multiple of n_head"),
-        (["--upscale", "midus", "--top_k", "99"], "top_k must be at most n_keys"),
-        (["--upscale", "midus", "--top_k", "1"], "top_k must be at least 2"),
+        (["--upscale", "midus", "--top_k", "99"], "top_k must lie between 2 and n_keys, 32"),
+        (["--upscale", "midus", "--top_k", "1"], "top_k must lie between 2"),
         (["--upscale", "midus", "--positions", "9"], "positions must lie between 1 and 4"),
         (["--upscale", "midus", "--positions", "1", "1"], "positions repeat"),
         (["--upscale", "solar", "--every", "3"], "solar has one seam"),

@@ -113,7 +113,7 @@ def test_place_for_any_depth():
         ("solar", {"positions": [3]}, "solar has one seam"),
         ("solar", {"every": 3}, "solar has one seam"),
         ("solar", {"n_keys": 4}, "takes no n_keys"),
-        ("midus", {"n_keys": 4, "top_k": 5}, "top_k must be at most n_keys"),
+        ("midus", {"n_keys": 4, "top_k": 5}, "top_k must lie between 2 and n_keys, 4"),
         ("copy", {}, "method must be one of midus, llama-pro, solar"),
     ],
 )
