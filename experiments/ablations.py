@@ -9,6 +9,7 @@ import os
 import sys
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
@@ -99,7 +100,7 @@ def linear(model: GPT) -> None:
 
 
 def mlp(model: GPT) -> None:
-    """GPT-2's MLP on the head outputs instead of the memory: more than any retrieval by them could bring."""
+    """GPT-2's MLP on the head outputs instead of the memory: a dense layer on what the memory has to go by."""
     for i in model.config.new:
         map = MLP(model.config)
         nn.init.zeros_(map.c_proj.weight)
@@ -113,7 +114,8 @@ def mlp(model: GPT) -> None:
 
 class ProductKeyMemory(nn.Module):
     """One memory for the whole hidden state [Lample et al. 2019]: H queries projected from it, values of width C shared
-    by all of them, and their sum. x (B, T, C) -> (B, T, C). Values start at zero here, so that the block does."""
+    by all of them, and their sum. x (B, T, C) -> (B, T, C). Unlike there: as many heads as the model has, no batch
+    normalisation of queries, and values that start at zero, so that the block starts as the identity."""
 
     def __init__(self, config: GPTConfig):
         super().__init__()
@@ -142,7 +144,7 @@ class PKMBlock(nn.Module):
 
 def pkm(model: GPT) -> None:
     """One product-key memory per block on x + Attn(LN(x)); norms and attention copied from the block below, with its
-    output projection zeroed as in llama-pro."""
+    output projection zeroed as in llama-pro. It has a whole attention that midus lacks: see linear for its share."""
     for i in model.config.new:
         block = PKMBlock(model.config)
         block.load_state_dict(model.h[i - 1].state_dict(), strict=False)
@@ -202,14 +204,18 @@ def shared_bank(model: GPT) -> None:
 
 
 class Tempered(ProductKeys):
-    """Product keys with a learned temperature per head: queries times exp(t), which starts as a given factor."""
+    """Product keys with a learned temperature per head: scores times exp(10 t), which starts as a given factor (10:
+    else Adam could hardly move it in a few hundred steps)."""
 
     def __init__(self, config: GPTConfig, factor: float):
-        super().__init__(config.n_head, config.n_embd // config.n_head, config.n_keys, config.top_k, config.query_norm)
-        self.temperature = nn.Parameter(torch.full((config.n_head, 1), factor).log())  # (H, 1)
+        super().__init__(config.n_head, config.n_embd // config.n_head, config.n_keys, config.top_k)
+        self.normed = config.query_norm
+        self.temperature = nn.Parameter(torch.full((config.n_head,), factor).log() / 10)  # (H,)
 
     def forward(self, query: Tensor) -> tuple[Tensor, Tensor]:
-        return super().forward(query * self.temperature.exp())
+        if self.normed:
+            query = F.layer_norm(query.float(), query.shape[-1:])
+        return super().forward(query * (10 * self.temperature[:, None]).exp())
 
 
 class Centred(ProductKeys):
@@ -221,7 +227,7 @@ class Centred(ProductKeys):
         self.begun = False
 
     def forward(self, query: Tensor) -> tuple[Tensor, Tensor]:
-        if torch.is_grad_enabled() or not self.begun:  # training, or the evaluation before it
+        if (self.training and torch.is_grad_enabled()) or not self.begun:  # a step of training, or the very first batch
             now = query.detach().float().mean(dim=(0, 1))  # (H, d_h)
             self.mean.lerp_(now, 0.1 if self.begun else 1.0)
             self.begun = True
@@ -261,6 +267,6 @@ VARIANTS = {
 
 def stacked(base: GPT, n_new: int, **memory) -> GPT:
     """All memory blocks in one place, after the middle block of the base; the paper reports to interleave them."""
-    middle = base.config.n_layer // 2
+    middle = (base.config.n_layer + 1) // 2
     sources = [*range(middle), *[middle - 1] * n_new, *range(middle, base.config.n_layer)]
     return assemble(base, sources, list(range(middle, middle + n_new)), kind="M", **memory)

@@ -31,8 +31,8 @@ def gaps_of_top_half(n_layer: int, n_new: int) -> list[int]:
     >>> gaps_of_top_half(6, 3), gaps_of_top_half(12, 2), gaps_of_top_half(12, 8)
     ([3, 4, 5], [7, 10], [4, 5, 6, 7, 8, 9, 10, 11])
     """
-    if not 1 <= n_new <= n_layer - 1:
-        raise ValueError(f"n_new must lie between 1 and {n_layer - 1}, the gaps between blocks; got {n_new}")
+    if not 1 <= n_new < n_layer:
+        raise ValueError(f"n_new must be at least 1 and less than {n_layer}, the number of blocks; got {n_new}")
     first = min(n_layer // 2, n_layer - n_new)
     return [first + (2 * i + 1) * (n_layer - first) // (2 * n_new) for i in range(n_new)]
 
@@ -77,11 +77,11 @@ def average(base: GPT, n_new: int) -> GPT:
 def transport_plan(first: Tensor, second: Tensor, reg: float = 0.06, rounds: int = 100) -> Tensor:
     """How much of each row of first (m, d) goes into each row of second (m, d): (m, m), plan[j, i] for second's row j,
     each row summing to 1. Sinkhorn's algorithm [Cuturi 2013] in logarithms; cost: L2 distance; uniform marginals."""
-    score = -torch.cdist(second.double(), first.double()) / reg  # (m, m)
+    score = -torch.cdist(second.double().cpu(), first.double().cpu()) / reg  # (m, m)
     for _ in range(rounds):
         score = score - score.logsumexp(dim=0, keepdim=True)
         score = score - score.logsumexp(dim=1, keepdim=True)
-    return score.exp().to(first.dtype)
+    return score.exp().to(first)
 
 
 @torch.no_grad()
@@ -89,7 +89,8 @@ def align(first: TransformerBlock, second: TransformerBlock) -> TransformerBlock
     """first with its units moved to where second has its most alike ones, matrix after matrix: the plan of a matrix's
     outputs is applied to the inputs of the next.
 
-    On GPT-2 [choice]: Q, K, V are thirds of c_attn and units stay within their head; biases move with their rows; the
+    On GPT-2 [choice]: Q, K, V are thirds of c_attn and units stay within their head; biases move with their rows. Q and
+    K get plans of their own, as published, though their product needs the same one. The
     norm before the MLP and the inputs of c_fc take the plan of the attention's outputs. The published recipe is for
     gated MLPs; c_fc's outputs get a plan of their own here, since else c_proj's inputs could not be matched.
     """
@@ -140,28 +141,31 @@ def matrices(block: TransformerBlock) -> list[Tensor]:
     return [*block.attn.c_attn.weight.chunk(3), *(linear.weight for linear in wide)]
 
 
-def predict_between(slices: Tensor, gaps: list[int], epochs: int = 10, share: float = 5e-4) -> Tensor:
+def predict_between(slices: Tensor, gaps: list[int], steps: int = 2000, share: float = 5e-4) -> Tensor:
     """slices (L, r, in): one kind of matrix of every block, in the basis they share. Learns slice i from slices i-1 and
     i+1, column by column, and returns the slices (gaps, r, in) between blocks p-1 and p, from 0, for p in gaps.
 
-    Three linear layers, hidden 256, ReLU; loss MSE + a share of MSE of the norms; AdamW 1e-3; batches of 64.
+    Three linear layers, hidden 256, ReLU; loss MSE + a share of MSE of the norms; AdamW 1e-3; batches of 64. Published
+    with 10 epochs; on a small GPT those are some hundred steps, too few, so steps are counted here and slices brought
+    to scale 1 [choice].
     """
-    columns = slices.transpose(1, 2)  # (L, in, r)
+    scale = slices.square().mean().sqrt()
+    columns = slices.transpose(1, 2) / scale  # (L, in, r)
     r = columns.size(2)
     x = torch.cat((columns[:-2], columns[2:]), dim=2).flatten(0, 1)  # ((L-2) * in, 2r)
     y = columns[1:-1].flatten(0, 1)  # ((L-2) * in, r)
     net = nn.Sequential(nn.Linear(2 * r, 256), nn.ReLU(), nn.Linear(256, 256), nn.ReLU(), nn.Linear(256, r))
     optimizer = torch.optim.AdamW(net.to(x.device).parameters(), lr=1e-3)
-    for _ in range(epochs):
-        for batch in torch.randperm(len(x)).split(64):
-            out, want = net(x[batch]), y[batch]  # both (64, r)
-            loss = (1 - share) * F.mse_loss(out, want) + share * F.mse_loss(out.norm(dim=1), want.norm(dim=1))
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
+    for _ in range(steps):
+        batch = torch.randint(len(x), (64,))
+        out, want = net(x[batch]), y[batch]  # both (64, r)
+        loss = (1 - share) * F.mse_loss(out, want) + share * F.mse_loss(out.norm(dim=1), want.norm(dim=1))
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
     with torch.no_grad():
         out = net(torch.stack([torch.cat((columns[p - 1], columns[p]), dim=1) for p in gaps]))  # (gaps, in, r)
-    return out.transpose(1, 2)  # (gaps, r, in)
+    return out.transpose(1, 2) * scale  # (gaps, r, in)
 
 
 def lesa(base: GPT, n_new: int) -> GPT:

@@ -92,10 +92,10 @@ class Bench:
             with open("/proc/self/clear_refs", "w") as file:
                 file.write("5")  # resets the peak
             before = status("VmRSS")
-            self.run(function)
-            return (status("VmHWM") - before) / 1024
-        except OSError:
-            return math.nan
+        except OSError:  # not Linux
+            before = None
+        self.run(function)
+        return math.nan if before is None else (status("VmHWM") - before) / 1024
 
 
 def status(field: str) -> int:

@@ -16,6 +16,7 @@ is not run again. Runs go --jobs at a time, each in a process with its share of 
 """
 
 import argparse
+import hashlib
 import json
 import math
 import multiprocessing
@@ -23,6 +24,8 @@ import os
 import statistics
 import sys
 import time
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, as_completed
+from dataclasses import asdict
 
 import numpy as np
 import torch
@@ -32,9 +35,9 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 import baselines
 from ablations import VARIANTS, stacked
 from bench import Bench
-from data import DATASETS, file_sha256, get_batch, load_dataset
+from data import DATASETS, get_batch, load_dataset
 from eval import count_usage, perplexity, sum_nll, usage
-from model import GPT, has_bf16, load_checkpoint, pick_device, run_command
+from model import GPT, has_bf16, open_model, pick_device, run_command
 from train import make_optimizer, schedule, train_step
 from upscale import amount, count, place, set_trainable, upscale
 
@@ -43,7 +46,9 @@ COPIES = {
     "average": baselines.average, "opt-deus": baselines.opt_deus, "lesa": baselines.lesa,
 }  # fmt: skip
 SHAPE = ("n_keys", "top_k", "d_latent", "query_norm")  # options of memory blocks
-METHODS = ("none", "midus", "llama-pro", "solar", *COPIES, "stacked", *VARIANTS)
+METHODS = ("none", "llama-pro", "solar", *COPIES, "midus", "stacked", *VARIANTS)
+HAVE_MEMORY = ("midus", "stacked", *VARIANTS)
+PLACED = ("none", "llama-pro", "midus", *VARIANTS)  # take positions
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -51,7 +56,7 @@ METHODS = ("none", "midus", "llama-pro", "solar", *COPIES, "stacked", *VARIANTS)
 
 
 def parse(text: str) -> list[tuple[str, dict]]:
-    """"midus:n_keys=64,top_k=8,solar" -> [("midus", {"n_keys": 64, "top_k": 8}), ("solar", {})]."""
+    """"midus:n_keys=64,top_k=8,solar" -> [("midus", {"n_keys": 64, "top_k": 8}), ("solar", {})]. ValueError if not."""
     methods = []
     for part in text.split(","):
         head, _, option = part.partition(":") if "=" not in part.partition(":")[0] else ("", "", part)
@@ -59,21 +64,26 @@ def parse(text: str) -> list[tuple[str, dict]]:
             if head not in METHODS:
                 raise ValueError(f"--methods: {head} is none of {', '.join(METHODS)}")
             methods.append((head, {}))
-        if option:
+        if option or not head:
             name, _, value = option.partition("=")
-            if name not in (*SHAPE, "n_new", "positions", "memory_lr", "tokens") or not methods:
-                raise ValueError(f"--methods: cannot read {part!r}; write a method, or method:option=value")
+            method = methods[-1][0] if methods else ""
+            takes = ["n_new", "tokens"] + ["positions"] * (method in PLACED)
+            takes += [*SHAPE, "memory_lr"] * (method in HAVE_MEMORY)
+            if name not in takes:
+                raise ValueError(f"--methods: cannot read {part!r}; {method or 'a method'} takes {', '.join(takes)}")
             try:
-                numbers = [float(number) for number in value.split("+")]
-            except ValueError:
-                raise ValueError(f"--methods: {part!r} needs a number, or numbers joined by +") from None
-            numbers = [int(number) if number == int(number) else number for number in numbers]
+                numbers = [float(number) for number in value.split("+")] if name == "positions" else [float(value)]
+                if name != "memory_lr":
+                    numbers = [{n: int(n)}[int(n)] for n in numbers]  # a KeyError unless whole
+            except (ValueError, KeyError, OverflowError):
+                raise ValueError(f"--methods: {part!r} needs a whole number (memory_lr: any)") from None
             methods[-1][1][name] = numbers if name == "positions" else numbers[0]
     return methods
 
 
 def build(base: GPT, method: str, options: dict, n_new: int, memory: dict) -> tuple[GPT, str]:
-    """The deeper model, and what of it trains when only new blocks do. n_new and memory: what options leave open."""
+    """The deeper model, and what of it trains when only new blocks do. n_new and memory: what options leave open.
+    Raises ValueError for what cannot be."""
     where = {"positions": options["positions"]} if "positions" in options else {"n_new": options.get("n_new", n_new)}
     n_new, memory = options.get("n_new", n_new), {name: options.get(name, memory.get(name)) for name in SHAPE}
     memory = {name: value for name, value in memory.items() if value is not None}
@@ -96,8 +106,8 @@ def build(base: GPT, method: str, options: dict, n_new: int, memory: dict) -> tu
 
 
 def look(model: GPT, batch: list, dtype: torch.dtype) -> dict:
-    """Inside the memory on one batch: gradient norms by kind of parameter, entropy of the weights (nats), slots in use.
-    It takes no more memory than a training step."""
+    """Inside the memory on one batch, as training sees it: gradient norms by kind of parameter, entropy of the weights
+    (nats), slots in use. Changes nothing."""
     entropies, hooks = [], []
 
     def hook(module, inputs, reads):
@@ -105,12 +115,14 @@ def look(model: GPT, batch: list, dtype: torch.dtype) -> dict:
 
     for i in model.config.new:
         hooks.append(model.h[i].memory.product_keys.register_forward_hook(hook))
+    model.eval()
     with count_usage(model) as counts, torch.autocast(batch[0].device.type, dtype, enabled=dtype != torch.float32):
         loss = model(*batch)[1]
     loss.backward()
+    model.train()
     for handle in hooks:
         handle.remove()
-    kinds = {"bank": "hive.bank", "W": "hive.proj", "keys": "keys", "QKV": "attn.c_attn"}
+    kinds = {"bank": "hive.bank", "W": "hive.proj", "keys": "product_keys.keys", "QKV": "attn.c_attn"}
     named = [(name, p.grad) for name, p in model.named_parameters()
              if p.grad is not None and is_new(name, model.config.new)]  # fmt: skip
     norms = {kind: math.sqrt(sum(g.square().sum().item() for name, g in named if part in name))
@@ -126,7 +138,7 @@ def run(job: dict) -> dict:
     config, threads, show = job["config"], job["threads"], job["show"]
     device = pick_device(job["device"])
     torch.set_num_threads(threads)
-    base, info = load_checkpoint(job["base"])
+    base, info = open_model(job["base"], job["data_dir"])
     splits = ("train", "valid", "test") if config["test"] else ("train", "valid")
     data = load_dataset(config["dataset"], info["tokenizer"], job["data_dir"], splits)
     some = data["valid"].tokens[: config["valid_tokens"] + 1]
@@ -140,12 +152,11 @@ def run(job: dict) -> dict:
     steps = max(1, int(options.get("tokens", config["tokens"])) // (batch_size * T))
     memory_lr = options.get("memory_lr", config["memory_lr"])
     optimizer = make_optimizer(model, config["lr"], memory_lr, config["weight_decay"])
-    dtype = torch.bfloat16 if has_bf16(device) else torch.float32
+    dtype = getattr(torch, config["dtype"])
     has_memory = all(hasattr(model.h[i], "memory") for i in model.config.new) and model.config.new
     losses, looks, clock = [], {}, time.process_time if device.type == "cpu" and threads == 1 else time.perf_counter
     result = {"added": new, "trained": sum(p.numel() for p in model.parameters() if p.requires_grad)}
-    nll, tokens = sum_nll(model, some)
-    result["start"] = perplexity(nll, tokens)
+    result["start"] = perplexity(*sum_nll(model, some))
 
     def batch_of(step: int) -> list:
         return [half.to(device) for half in get_batch(data["train"].tokens, step, batch_size, T, config["seed"])]
@@ -153,23 +164,24 @@ def run(job: dict) -> dict:
     def loop() -> None:
         for step in tqdm(range(steps), desc=config["name"], unit="step", disable=None if show else True):
             if config["seed"] == 1 and has_memory and step in (0, steps // 10, steps // 2, steps - 1):
-                looks[step] = look(model, batch_of(step), dtype)
+                part = batch_size // config["grad_accum"]  # so that it takes no more memory than a step
+                looks[step] = look(model, [half[:part] for half in batch_of(step)], dtype)
             start = clock()
             for group in optimizer.param_groups:
                 group["lr"] = group["peak_lr"] * schedule(step, steps // 20, steps)
             losses.append(train_step(model, optimizer, batch_of(step), device, dtype, config["grad_accum"]))
             result["seconds"] += clock() - start
 
-    result["seconds"] = 0.0
+    result |= {"seconds": 0.0, "valid": None, "test_perplexity": None}  # as they stay if it diverges
     try:
         result["memory_mib"] = Bench(device, torch.float32, threads, 1).peak(loop)
+        result["rate"] = len(losses) * batch_size * T / result["seconds"]
+        valid = perplexity(*sum_nll(model, some))
+        result["valid"] = valid if math.isfinite(valid) else None
+        if config["test"]:
+            result["test_perplexity"] = perplexity(*sum_nll(model, data["test"].tokens))
     except FloatingPointError:
-        return {**config, **result, "valid": None, "test_perplexity": None}  # diverged
-    nll, tokens = sum_nll(model, some)
-    result["valid"] = perplexity(nll, tokens)
-    nll, tokens = sum_nll(model, data["test"].tokens) if config["test"] else (math.nan, 1)
-    result["test_perplexity"] = perplexity(nll, tokens)
-    result["rate"] = steps * batch_size * T / result["seconds"]
+        pass
     edges = [i * steps // 20 for i in range(21)] if steps >= 20 else range(steps + 1)
     result["losses"] = [round(statistics.mean(losses[a:b]), 4) for a, b in zip(edges, edges[1:])]
     return {**config, **result, "looks": looks, "python": sys.version.split()[0], "torch": torch.__version__}
@@ -194,6 +206,12 @@ def read_results(path: str) -> list[dict]:
     return [json.loads(line) for line in text[:end].splitlines()]
 
 
+def run_apart(job: dict) -> dict:
+    """run() in a fresh process, so that none inherits another's memory or random numbers."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
+        return process.submit(run, job).result()
+
+
 def run_all(configs: list[dict], args: argparse.Namespace, done: list[dict]) -> None:
     """Runs what is not in done, appends each result to done and, as it comes, to the results file."""
     todo = [c for c in configs if not any(all(r.get(name) == value for name, value in c.items()) for r in done)]
@@ -203,10 +221,9 @@ def run_all(configs: list[dict], args: argparse.Namespace, done: list[dict]) -> 
     threads = max(1, (os.cpu_count() or 1) // args.jobs)
     jobs = [{"config": c, "threads": threads, "show": args.jobs == 1, **shared} for c in todo]
     bar = tqdm(total=len(jobs), unit="run", disable=None)
-    # A fresh process for every run, so that none inherits another's memory or random numbers.
-    with bar, multiprocessing.get_context("spawn").Pool(args.jobs, maxtasksperchild=1) as pool:
-        for result in pool.imap_unordered(run, jobs):
-            done.append(result)
+    with bar, ThreadPoolExecutor(args.jobs) as pool:
+        for future in as_completed([pool.submit(run_apart, job) for job in jobs]):
+            done.append(result := future.result())
             with open(args.results, "a") as file:
                 file.write(json.dumps(result) + "\n")
             bar.update()
@@ -222,7 +239,12 @@ def best_lr(config: dict, lrs: list[float], done: list[dict]) -> float | None:
         grid = {**config, "lr": lr, "seed": 0, "test": False}
         tried[lr] = next(r["valid"] for r in done if all(r.get(n) == v for n, v in grid.items()))
     finite = {lr: valid for lr, valid in tried.items() if valid is not None}
-    return min(finite, key=finite.get, default=None)
+    best = min(finite, key=finite.get, default=None)
+    if best is None:
+        print(f"{config['name']} diverged at every learning rate")
+    elif best in (min(lrs), max(lrs)):
+        print(f"{config['name']}: the best learning rate, {best:g}, is at the edge of those tried")
+    return best
 
 
 # ---------------------------------------------------------------------------------------------------------------
@@ -256,61 +278,60 @@ def trigram_perplexity(train: np.ndarray, test: np.ndarray, discount: float = 0.
     return math.exp(-np.log(p).mean())
 
 
-def summarise(done: list[dict], names: list[str]) -> list[dict]:
-    """A row per method and regime, in the order of names: means over seeds, spread as half the range."""
-    rows = []
-    for name in names:
-        for regime in ("new", "all"):
-            runs = [r for r in done if r["name"] == name and r["train"] == regime and r["seed"] and r["valid"]]
-            for lr in sorted({r["lr"] for r in runs}):
-                same = [r for r in runs if r["lr"] == lr]
-                row = {"name": name, "train": regime, "lr": lr, "seeds": len(same)}
-                figures = ("added", "trained", "start", "valid", "test_perplexity", "rate", "memory_mib", "seconds")
-                for figure in figures:
-                    row[figure] = statistics.mean(r[figure] for r in same)
-                tests = [r["test_perplexity"] for r in same]
-                row["spread"] = (max(tests) - min(tests)) / 2
-                rows.append(row)
-    return rows
+def summarise(runs: list[dict]) -> dict:
+    """One row of the table from the runs of one method: means, and half the range of validation and test."""
+    row = {name: runs[0][name] for name in ("name", "train", "lr", "added", "trained")} | {"runs": len(runs)}
+    ended = [r for r in runs if r["valid"]]
+    for figure in ("start", "valid", "test_perplexity", "rate", "memory_mib", "seconds"):
+        values = [r[figure] for r in ended if r[figure] is not None]
+        row[figure] = statistics.mean(values) if values else math.nan
+        row[f"{figure}_spread"] = (max(values) - min(values)) / 2 if values else math.nan
+    return row | {"diverged": len(runs) - len(ended)}
 
 
-def print_rows(rows: list[dict], base_test: float) -> None:
+def print_rows(rows: list[dict], base: dict) -> None:
+    """The table; base: the base's perplexities by split, valid and (unless screening) test_perplexity."""
+    split = "test_perplexity" if "test_perplexity" in base else "valid"
     print("| method | trained | lr | added M | trained M | start | validation | test | tokens/s | MiB | gained per M |")
     print("| --- " * 11 + "|")
     for r in rows:
-        spread = f" ± {r['spread']:.2f}" if r["seeds"] > 1 else ""
-        gained = f"{(base_test - r['test_perplexity']) / r['added'] * 1e6:.2f}" if r["added"] else "-"
-        line = (
-            f"| {r['name']} | {r['train']} | {r['lr']:g} | {r['added'] / 1e6:.2f} | {r['trained'] / 1e6:.2f} | "
-            f"{r['start']:.2f} | {r['valid']:.2f} | {r['test_perplexity']:.2f}{spread} | {r['rate']:,.0f} | "
-            f"{r['memory_mib']:.0f} | {gained} |"
-        )
-        print(line.replace("nan", "-"))
+        cells = [r["name"], r["train"], f"{r['lr']:g}", f"{r['added'] / 1e6:.2f}", f"{r['trained'] / 1e6:.2f}"]
+        cells.append(f"{r['start']:.2f}")
+        for figure in ("valid", "test_perplexity"):
+            cells.append(f"{r[figure]:.2f}" + (f" ± {r[f'{figure}_spread']:.2f}" if r["runs"] > 1 else ""))
+        cells += [f"{r['rate']:,.0f}", f"{r['memory_mib']:.0f}"]
+        cells.append(f"{(base[split] - r[split]) / r['added'] * 1e6:.2f}" if r["added"] else "-")
+        if r["diverged"]:
+            cells[0] += f" ({r['diverged']} of {r['runs']} diverged)"
+        print("| " + " | ".join(cells).replace("nan", "-") + " |")
 
 
-def plot(rows: list[dict], base_test: float, path: str) -> None:
-    """Test perplexity against added parameters and against training time (matplotlib, an optional extra)."""
-    try:
-        import matplotlib
-    except ImportError:
-        raise ValueError("--plot needs matplotlib: pip install matplotlib") from None
-    matplotlib.use("Agg")
+def plot(rows: list[dict], base: dict, path: str) -> None:
+    """Perplexity (test, or validation when screening) against added parameters and against training time."""
     from matplotlib import pyplot
 
+    split = "test_perplexity" if "test_perplexity" in base else "valid"
     figure, axes = pyplot.subplots(1, 2, figsize=(11, 4.5), sharey=True)
-    for axis, figure_name, scale, label in (
-        (axes[0], "added", 1e-6, "added parameters, millions"),
-        (axes[1], "seconds", 1 / 60, "training, minutes of one core"),
-    ):
-        axis.axhline(base_test, color="grey", linestyle=":", label="base")
+    panels = ("added", 1e-6, "added parameters, millions"), ("seconds", 1 / 60, "training, minutes (CPU: of one core)")
+    for axis, (x_name, scale, label) in zip(axes, panels):
+        axis.axhline(base[split], color="grey", linestyle=":", label="base")
         for r in rows:
-            x = r[figure_name] * scale
-            axis.errorbar(x, r["test_perplexity"], r["spread"], marker="o" if r["train"] == "new" else "s")
-            axis.annotate(r["name"], (x, r["test_perplexity"]), fontsize=7, xytext=(4, 3), textcoords="offset points")
+            x = r[x_name] * scale
+            axis.errorbar(x, r[split], r[f"{split}_spread"], marker="o")
+            axis.annotate(r["name"], (x, r[split]), fontsize=7, xytext=(4, 3), textcoords="offset points")
         axis.set_xlabel(label)
-    axes[0].set_ylabel("test perplexity, token-level")
+    axes[0].set_ylabel("perplexity, token-level")
+    axes[0].legend()
     figure.tight_layout()
     figure.savefig(path)
+
+
+def identity(model: GPT) -> str:
+    """sha256 of configuration and weights: the same for a base that was trained again, bit for bit, elsewhere."""
+    digest = hashlib.sha256(repr(asdict(model.config)).encode())
+    for tensor in model.state_dict().values():
+        digest.update(tensor.cpu().numpy().tobytes())
+    return digest.hexdigest()
 
 
 def main() -> None:
@@ -329,7 +350,7 @@ def main() -> None:
     parser.add_argument("--d_latent", type=count, default=64, help="(default 64)")
     parser.add_argument("--batch_size", type=count, default=16, help="sequences per step (default 16)")
     parser.add_argument("--grad_accum", type=count, default=1, help="parts a step's batch is cut in (default 1)")
-    parser.add_argument("--screen", action="store_true", help="leave the test split alone; the table ends at validation")
+    parser.add_argument("--screen", action="store_true", help="do without the test split; the table ends at validation")
     parser.add_argument("--valid_tokens", type=count, default=100_000, help="of the validation split (default 1e5)")
     parser.add_argument("--dataset", choices=DATASETS, help="(default: the base's own)")
     parser.add_argument("--data_dir", help="folder of the data (default: the base's own)")
@@ -339,13 +360,22 @@ def main() -> None:
     parser.add_argument("--plot", help="draw the table to this file (.svg, .png); needs matplotlib")
     args = parser.parse_args()
     try:
-        lrs = [amount(lr) for lr in args.lrs.split(",")]
+        lrs = sorted({amount(lr) for lr in args.lrs.split(",")})
     except argparse.ArgumentTypeError as error:
         raise ValueError(f"--lrs: {error}") from None
     methods = parse(args.methods)
     device = pick_device(args.device)
     args.jobs = args.jobs or (os.cpu_count() or 1 if device.type == "cpu" else 1)
-    base, info = load_checkpoint(args.base)
+    for path in (args.results, args.plot or "."):
+        if not os.path.isdir(os.path.dirname(path) or "."):
+            raise ValueError(f"{path}: there is no such folder")
+    if args.plot:
+        try:
+            import matplotlib
+        except ImportError:
+            raise ValueError("--plot needs matplotlib: pip install matplotlib") from None
+        matplotlib.use("Agg")
+    base, info = open_model(args.base, args.data_dir or "data")
     if "dataset" not in info and args.dataset is None:
         raise ValueError(f"{args.base} does not say what it was trained on; give --dataset")
     args.data_dir = os.path.abspath(args.data_dir or info.get("data_dir", "data"))
@@ -353,40 +383,53 @@ def main() -> None:
     if args.batch_size % args.grad_accum:
         raise ValueError("--grad_accum must divide --batch_size")
     memory = {name: getattr(args, name) for name in ("n_keys", "top_k", "d_latent")}
-    common = {"base": file_sha256(args.base).hex(), "dataset": args.dataset or info["dataset"], "memory": memory}
+    common = {"base": identity(base), "dataset": args.dataset or info["dataset"], "device": device.type}
+    common["dtype"] = "bfloat16" if has_bf16(device) else "float32"
     common |= {name: getattr(args, name) for name in ("tokens", "memory_lr", "weight_decay", "train", "n_new",
                                                       "batch_size", "grad_accum", "valid_tokens")}  # fmt: skip
     configs = []
     for method, options in methods:
+        own = memory if method in HAVE_MEMORY else {}
         with torch.device("meta"):  # refuses what cannot be, before anything is trained
-            build(GPT(base.config), method, options, args.n_new, memory) if method not in ("lesa", "opt-deus") else None
-        values = ("+".join(map(str, v)) if isinstance(v, list) else f"{v:g}" for v in options.values())
+            trial = {"lesa": "average", "opt-deus": "average"}.get(method, method)  # these two compute with weights
+            build(GPT(base.config), trial, options, args.n_new, own)
+        if method == "lesa" and base.config.n_layer < 3:
+            raise ValueError("lesa needs a base of at least 3 blocks")
+        values = ("+".join(map(str, v)) if isinstance(v, list) else str(v) for v in options.values())
         name = method + (":" + ",".join(f"{o}={v}" for o, v in zip(options, values)) if options else "")
-        configs.append({**common, "name": name, "method": method, "options": options})
+        config = {**common, "name": name, "method": method, "options": options, "memory": own}
+        configs += [config] if config not in configs else []
     done = read_results(args.results)
     size = sum(p.numel() for p in base.parameters())
     print(f"{len(configs)} methods on {args.base} ({size:,} parameters, {common['dataset']}, {info['tokenizer']}), "
-          f"{args.tokens:,} tokens each, on {device}, {args.jobs} at a time")  # fmt: skip
+          f"{args.tokens:,} tokens each, on {device}, {common['dtype']}, {args.jobs} at a time")  # fmt: skip
     data = load_dataset(common["dataset"], info["tokenizer"], args.data_dir)  # tokenized once, before the workers
-    trigram = trigram_perplexity(data["train"].tokens, data["test"].tokens)
     if len(lrs) > 1:
         run_all([{**c, "lr": lr, "seed": 0, "test": False} for c in configs for lr in lrs], args, done)
     finals = []
     for c in configs:
         lr = best_lr(c, lrs, done) if len(lrs) > 1 else lrs[0]
-        if lr is None:
-            print(f"{c['name']} diverged at every learning rate")
-            continue
-        finals += [{**c, "lr": lr, "seed": seed, "test": not args.screen} for seed in range(1, args.seeds + 1)]
+        seeds = range(1, args.seeds + 1) if lr is not None else ()
+        finals += [{**c, "lr": lr, "seed": seed, "test": not args.screen} for seed in seeds]
     run_all(finals, args, done)
-    nll, tokens = sum_nll(base.to(device), data["test"].tokens)
-    base_test = perplexity(nll, tokens)
-    print(f"\ntest perplexity, token-level: trigram model {trigram:.2f}, base {base_test:.2f}\n")
-    mine = [r for r in done if any(all(r.get(n) == v for n, v in c.items()) for c in finals)]
-    rows = summarise(mine, [c["name"] for c in configs])
-    print_rows(rows, base_test)
+    rows = []
+    for c in configs:
+        same = [f for f in finals if f["name"] == c["name"]]
+        runs = [r for r in done if any(all(r.get(n) == v for n, v in f.items()) for f in same)]
+        rows += [summarise(runs)] if runs else []
+    base = base.to(device)
+    figures = {"valid": perplexity(*sum_nll(base, data["valid"].tokens[: args.valid_tokens + 1]))}
+    print(f"\ntoken-level perplexity; base {args.base}: validation {figures['valid']:.2f}", end="")
+    if not args.screen:
+        figures["test_perplexity"] = perplexity(*sum_nll(base, data["test"].tokens))
+        print(f", test {figures['test_perplexity']:.2f}", end="")
+        if len(data["train"].tokens) < 2e7:  # larger ones would take gigabytes
+            trigram = trigram_perplexity(data["train"].tokens, data["test"].tokens)
+            print(f"; a trigram model, test {trigram:.2f}", end="")
+    print("\n")
+    print_rows(rows, figures)
     if args.plot:
-        plot(rows, base_test, args.plot)
+        plot(rows, figures, args.plot)
 
 
 if __name__ == "__main__":

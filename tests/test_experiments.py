@@ -77,7 +77,7 @@ def test_gaps_of_the_top_half(L):
         gaps = baselines.gaps_of_top_half(L, n_new)
         assert gaps == sorted(set(gaps)) and len(gaps) == n_new and 1 <= gaps[0] and gaps[-1] <= L - 1
         assert gaps[0] >= L // 2 or gaps == list(range(L - n_new, L))
-    with pytest.raises(ValueError, match="between 1 and"):
+    with pytest.raises(ValueError, match="less than"):
         baselines.gaps_of_top_half(L, L)
 
 
@@ -132,13 +132,14 @@ def test_a_transport_plan_is_doubly_stochastic():
 
 
 def test_lesa_learns_what_lies_between():
-    """Blocks on a line through the space of matrices: the middle one is the mean of its neighbours."""
+    """Blocks on a line through the space of matrices, at the scale of singular vectors: the middle one is the mean of
+    its neighbours."""
     torch.manual_seed(0)
-    first, step = torch.randn(8, 400), 0.3 * torch.randn(8, 400)
+    first, step = 0.03 * torch.randn(8, 400), 0.01 * torch.randn(8, 400)
     slices = torch.stack([first + i * step for i in range(6)])  # (L, r, in)
-    out = baselines.predict_between(slices, [3], epochs=30)[0]
+    out = baselines.predict_between(slices, [3])[0]
     want = (slices[2] + slices[3]) / 2
-    assert (out - want).norm() < 0.25 * want.norm()
+    assert (out - want).norm() < 0.2 * want.norm()
 
 
 def test_lesa_needs_triples():
@@ -246,7 +247,7 @@ def test_a_run_is_what_a_plain_loop_gives(tmp_path):
     save_checkpoint(str(tmp_path / "base.pt"), base, tokenizer="bytes", dataset="wikitext2")
     config = dict(dataset="wikitext2", memory=MEMORY, tokens=1600, memory_lr=1e-2, weight_decay=0.1, train="new",
                   n_new=1, batch_size=4, grad_accum=1, valid_tokens=500, name="midus", method="midus", options={},
-                  lr=1e-2, seed=1, test=True)  # fmt: skip
+                  lr=1e-2, seed=1, test=True, dtype="bfloat16")  # fmt: skip
     job = dict(config=config, threads=torch.get_num_threads(), show=False, base=str(tmp_path / "base.pt"))
     result = compare.run(job | {"data_dir": str(tmp_path), "device": "cpu"})
     torch.manual_seed(1)
@@ -254,12 +255,11 @@ def test_a_run_is_what_a_plain_loop_gives(tmp_path):
     compare.set_trainable(model, "new")
     data = compare.load_dataset("wikitext2", "bytes", str(tmp_path))
     optimizer = compare.make_optimizer(model, 1e-2, 1e-2, 0.1)
-    dtype = torch.bfloat16 if compare.has_bf16(torch.device("cpu")) else torch.float32
     for step in range(25):
         for group in optimizer.param_groups:
             group["lr"] = group["peak_lr"] * compare.schedule(step, 1, 25)
         compare.train_step(model, optimizer, compare.get_batch(data["train"].tokens, step, 4, 16, 1),
-                           torch.device("cpu"), dtype, 1)  # fmt: skip
+                           torch.device("cpu"), torch.bfloat16, 1)  # fmt: skip
     for name, tokens in (("valid", data["valid"].tokens[:501]), ("test_perplexity", data["test"].tokens)):
         nll, count = compare.sum_nll(model, tokens)
         assert result[name] == pytest.approx(np.exp(nll / count), rel=1e-6)

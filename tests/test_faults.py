@@ -295,7 +295,8 @@ CHOICES = {  # every flag: values that make sense, then values that don't or onl
     "--upscale": ["midus", "none", "llama-pro", "solar", "magic"], "--train": ["new", "all", "1", "2,9", "no"],
     "--every": ["1", "2", "3", "0"], "--positions": ["1", "2", "9", "0"], "--n_new": ["1", "2", "9", "0"],
     "--n_keys": ["4", "2", "1", "0", "1e7"], "--top_k": ["2", "3", "1", "9", "0"],
-    "--d_latent": ["4", "1", "0", "1e12"], "--tokenizer": ["bytes", "gpt2:300", "gpt2:9", "words"], "--dtype": ["float32", "int8"],
+    "--d_latent": ["4", "1", "0", "1e12"], "--tokenizer": ["bytes", "gpt2:300", "gpt2:9", "words"],
+    "--dtype": ["float32", "bfloat16", "int8"], "--compile": [None], "--resume": [None],
     "--device": ["cpu", "cuda", "mps", "tpu"], "--base": ["scratch", "none.pt", "gpt5", "."], "--query_norm": [None],
     "--data_dir": ["data", "nowhere"], "--dataset": ["wikitext2", "imagenet"], "--out": ["a.pt", "no/a.pt", "."],
 }  # fmt: skip
