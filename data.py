@@ -208,6 +208,8 @@ def find_source(name: str, split: str, data_dir: str) -> tuple[str, str | None]:
             os.makedirs(folder, exist_ok=True)
             build_pydocs(folder)
         return os.path.join(folder, f"wiki.{split}.txt"), None
+    if name not in WIKITEXT:
+        raise ValueError(f"dataset must be one of {', '.join(DATASETS)}; not {name!r}")
     folder, ending, urls, size, sha256 = WIKITEXT[name]
     if os.path.exists(own := os.path.join(data_dir, f"wiki.{split}.{ending}")):
         return own, None
@@ -279,8 +281,6 @@ def load_split(name: str, split: str, tokenizer: str, data_dir: str) -> Split:
 
 def load_dataset(name: str, tokenizer: str, data_dir: str = "data", splits: tuple = SPLITS) -> dict[str, Split]:
     """The splits asked for, by name ("train", "valid", "test"). Raises ValueError or OSError, one sentence each."""
-    if name not in DATASETS:
-        raise ValueError(f"dataset must be one of {', '.join(DATASETS)}; not {name!r}")
     vocab_size(tokenizer)
     return {split: load_split(name, split, tokenizer, data_dir) for split in splits}
 

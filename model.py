@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from data import download, file_sha256
+from data import download, file_sha256, vocab_size
 from hml import HeadwiseMemory
 
 
@@ -52,8 +52,7 @@ class GPTConfig:
             raise ValueError(f"n_layer must be at most 1000, not {self.n_layer}")
         if self.n_embd % self.n_head:
             raise ValueError(f"n_embd must be a multiple of n_head; got {self.n_embd} and {self.n_head}")
-        if self.blocks == "":
-            object.__setattr__(self, "blocks", "T" * self.n_layer)
+        object.__setattr__(self, "blocks", self.blocks or "T" * self.n_layer)
         if len(self.blocks) != self.n_layer or set(self.blocks) - set("TM"):
             raise ValueError(f"blocks must be {self.n_layer} letters T or M (one per layer), not {self.blocks!r}")
         if not all(0 <= i < self.n_layer for i in self.new):
@@ -78,17 +77,16 @@ class Heads(nn.Module):
             part.unflatten(-1, (self.n_head, -1)).transpose(1, 2)  # (B, T, C) -> (B, T, H, d_h) -> (B, H, T, d_h)
             for part in self.c_attn(x).chunk(3, dim=-1)
         )
-        first = not cache
         if cache:
             k, v = torch.cat((cache["k"], k), dim=2), torch.cat((cache["v"], v), dim=2)  # (B, H, T so far, d_h)
         if cache is not None:
             cache.update(k=k, v=v)
-        # After the first call one token comes at a time, and it may look at all before it: no mask.
+        # A single token may look at all before it: no mask. With a cache, one comes at a time after the first call.
         # On CPUs always at least fp32: there the backward is up to three times slower in bf16.
         wide = torch.promote_types(q.dtype, torch.float32) if q.device.type == "cpu" else q.dtype
         with torch.autocast("cpu", enabled=False):
-            y = F.scaled_dot_product_attention(q.to(wide), k.to(wide), v.to(wide), is_causal=first)  # (B, H, T, d_h)
-        return y.to(q.dtype).transpose(1, 2)  # (B, T, H, d_h)
+            y = F.scaled_dot_product_attention(q.to(wide), k.to(wide), v.to(wide), is_causal=q.size(2) > 1)
+        return y.to(q.dtype).transpose(1, 2)  # (B, H, T, d_h) -> (B, T, H, d_h)
 
 
 class Attention(Heads):
@@ -226,9 +224,8 @@ class GPT(nn.Module):
 
     @classmethod
     def from_pretrained(cls, name_or_file: str, data_dir: str = "data") -> "GPT":
-        """OpenAI's GPT-2 by name (see PRETRAINED; downloaded once into data_dir), or a file in the same layout, with or
-        without the `transformer.` prefix, lm_head and mask buffers. Raises ValueError for an unknown name or a file
-        that does not fit, OSError if the download fails."""
+        """OpenAI's GPT-2 by name (see PRETRAINED; downloaded once into data_dir), or a file in its layout; the prefix
+        `transformer.`, lm_head and masks do not matter. ValueError for what does not fit, OSError if it cannot come."""
         path = name_or_file
         if path in PRETRAINED:
             path = os.path.join(data_dir, f"{name_or_file}.bin")
@@ -243,9 +240,9 @@ class GPT(nn.Module):
             for name in state:  # OpenAI stores linear weights as (in, out)
                 if name.endswith(("c_attn.weight", "c_proj.weight", "c_fc.weight")):
                     state[name] = state[name].T
-            (vocab_size, n_embd), block_size = state["wte.weight"].shape, state["wpe.weight"].size(0)
+            (vocab, n_embd), block_size = state["wte.weight"].shape, state["wpe.weight"].size(0)
             n_layer = len({name.split(".")[1] for name in state if name.startswith("h.")})
-            model = cls(GPTConfig(n_layer, n_embd // 64, n_embd, block_size, vocab_size))  # heads are 64 wide
+            model = cls(GPTConfig(n_layer, n_embd // 64, n_embd, block_size, vocab))  # heads are 64 wide
             model.load_state_dict(state)
         except Exception as error:  # torch.load and load_state_dict raise many kinds
             raise ValueError(f"{path} does not hold GPT-2 weights: {' '.join(str(error).split())[:200]}") from error
@@ -276,9 +273,8 @@ def save_checkpoint(path: str, model: GPT, **info) -> None:
     try:
         torch.save({"config": asdict(model.config), "model": model.state_dict(), **info}, temporary)
         digest = file_sha256(temporary)
-        with open(temporary, "ab") as file:
+        with open(temporary, "ab", buffering=0) as file:
             file.write(digest)
-            file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
@@ -299,10 +295,9 @@ def load_checkpoint(path: str) -> tuple[GPT, dict]:
         raise ValueError(f"{path} is damaged or is no nanoMIDUS checkpoint: its sha256 does not match")
     try:
         info = torch.load(path, map_location="cpu", weights_only=True)
-        config, state = GPTConfig(**info.pop("config")), info.pop("model")
         with torch.device("meta"):  # shapes without memory, however large they say they are
-            model = GPT(config)
-        model.load_state_dict(state, assign=True)
+            model = GPT(GPTConfig(**info.pop("config")))
+        model.load_state_dict(info.pop("model"), assign=True)
     except Exception as error:  # whole, but something else: torch.load and GPT raise many kinds
         raise ValueError(f"{path} does not hold a nanoMIDUS model: {' '.join(str(error).split())[:200]}") from error
     return model, info
@@ -311,8 +306,12 @@ def load_checkpoint(path: str) -> tuple[GPT, dict]:
 def open_model(name_or_file: str, data_dir: str = "data") -> tuple[GPT, dict]:
     """A GPT-2 by name or as a .bin file in OpenAI's layout, or one of our checkpoints; with what goes with it."""
     if name_or_file in PRETRAINED or name_or_file.endswith(".bin"):
-        return GPT.from_pretrained(name_or_file, data_dir), {"tokenizer": "gpt2"}
-    return load_checkpoint(name_or_file)
+        model, info = GPT.from_pretrained(name_or_file, data_dir), {"tokenizer": "gpt2"}
+    else:
+        model, info = load_checkpoint(name_or_file)
+    if vocab_size(str(info.get("tokenizer"))) > model.config.vocab_size:
+        raise ValueError(f"{name_or_file} has fewer tokens than its tokenizer, {info['tokenizer']}")
+    return model, info
 
 
 # ---------------------------------------------------------------------------------------------------------------

@@ -183,15 +183,15 @@ def summary(base: GPT, deeper: GPT) -> str:
     return f"stack  {stack}\nnew    {marks}\nbase   {before:,} parameters\nadded  {sum(added.values()):,} ({parts})"
 
 
-def count(text: str) -> int:
-    """A positive whole number that may be written as 2e6."""
+def count(text: str, least: int = 1) -> int:
+    """A positive (or, with least=0, not negative) whole number below 2^63 that may be written as 2e6."""
     try:
         value = float(text)
-        if value >= 1 and value == int(value):
+        if least <= value == int(value) < 2**63:
             return int(value)
     except (ValueError, OverflowError):
         pass
-    raise argparse.ArgumentTypeError(f"{text} is not a positive whole number")
+    raise argparse.ArgumentTypeError(f"{text} is not a {'positive ' * least}whole number")
 
 
 def amount(text: str) -> float:
@@ -224,7 +224,7 @@ def main() -> None:
     parser.add_argument("--overwrite", action="store_true", help="replace --out if it exists")
     parser.add_argument("--data_dir", default="data", help="where GPT-2's weights are kept (default ./data)")
     parser.add_argument("--device", help="cpu, cuda or mps (default: the best there is)")
-    parser.add_argument("--seed", type=int, default=0, help="seed of what starts at random (default 0)")
+    parser.add_argument("--seed", type=lambda text: count(text, 0), default=0, help="seed of what starts at random (default 0)")
     add_arguments(parser)
     args = parser.parse_args()
     if os.path.exists(args.out) and not args.overwrite:

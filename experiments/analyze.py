@@ -109,7 +109,8 @@ def head_importance(model: GPT, tokens: np.ndarray) -> tuple[Tensor, Tensor]:
     """Two measures for every head of every block, both (blocks, H), in nats per token.
 
     silenced: by how much the mean loss rises when the head's output is zero. gradient: the mean over sequences of
-    |d loss / d gate| with a gate of 1 on the head, its first-order estimate [Michel et al. 2019, section 4.1].
+    |d loss / d gate| with a gate of 1 on the head [Michel et al. 2019, section 4.1; without their normalisation by
+    layer]. It has no sign: it tells how much a head is used, not whether for the better.
     """
     L, H, batches = model.config.n_layer, model.config.n_head, windows(model, tokens)
     device = model.wte.weight.device
@@ -137,8 +138,11 @@ def head_importance(model: GPT, tokens: np.ndarray) -> tuple[Tensor, Tensor]:
 
 
 def rank_correlation(a: Tensor, b: Tensor) -> float:
-    """Spearman's: the correlation of the ranks; nan where one of them is constant. Ties rank by place."""
-    ranks = [x.flatten().argsort().argsort().double() for x in (a, b)]
+    """Spearman's: the correlation of the ranks, equal values sharing theirs; nan where all values of one are equal."""
+    ranks = []
+    for x in (a, b):
+        _, which, counts = x.flatten().unique(return_inverse=True, return_counts=True)
+        ranks.append((counts.cumsum(0) - (counts + 1) / 2)[which].double())
     return torch.corrcoef(torch.stack(ranks))[0, 1].item()
 
 
@@ -150,40 +154,43 @@ def realisations(proj: Tensor, gram: Tensor) -> dict[str, Tensor]:
     """Ways to turn what heads read into values, each (H, d_v, d_h). proj: the trained W_h. gram (H, d_v, d_v): the sum
     of z_h^T z_h over tokens, by which one least-squares W for all heads comes nearest to all of their values."""
     H = proj.size(0)
-    best = torch.linalg.pinv(gram.sum(0)) @ (gram @ proj).sum(0)  # (d_v, d_h)
-    return {"own W_h": proj, "mean W": proj.mean(0).expand(H, -1, -1), "W of the next head": proj.roll(1, 0),
+    gram = gram.double()
+    best = torch.linalg.pinv(gram.sum(0), hermitian=True) @ (gram @ proj.double()).sum(0)  # (d_v, d_h)
+    best = best.to(proj.dtype)
+    return {"own W_h": proj, "mean W": proj.mean(0).expand(H, -1, -1), "W of the next head": proj.roll(-1, 0),
             "one W, least squares": best.expand(H, -1, -1), "none (memory off)": torch.zeros_like(proj)}  # fmt: skip
 
 
-def effective_rank(matrix: Tensor) -> int:
-    """How many singular values hold 99% of the squared sum."""
-    s = torch.linalg.svdvals(matrix.double()).square()
+def effective_rank(gram: Tensor) -> int:
+    """How many directions hold 99% of the squared sum of the vectors whose m^T m this is; gram (C, C)."""
+    s = torch.linalg.eigvalsh(gram.double()).flip(0).clamp(min=0)
     return int((s.cumsum(0) < 0.99 * s.sum()).sum()) + 1 if s.sum() > 0 else 0
 
 
 @torch.no_grad()
 def fixed_retrieval(model: GPT, tokens: np.ndarray) -> list[dict]:
     """Slots and weights stay as the trained model chooses them, block by block; only the values change. A row for each
-    of realisations(): mean loss (nats), and the effective rank of [W_1 | ... | W_H], summed over blocks."""
+    of realisations(): mean loss (nats), and the effective rank of the values m (tokens, C), a mean over blocks."""
     blocks, batches = memory_blocks(model), windows(model, tokens)
     trained = {i: model.h[i].memory.hive.proj.detach().clone() for i in blocks}
-    reads, gram = {}, {i: 0 for i in blocks}
+    reads, gram, spread = {}, {i: 0 for i in blocks}, Counter()
 
     def record(i: int):
         def hook(module, inputs, out):
             if replay[0]:
                 return reads[i]
             reads[i] = out
-            z = model.h[i].memory.hive.pool(*out).flatten(0, 1).transpose(0, 1)  # (H, B*T, d_v)
-            gram[i] = gram[i] + z.transpose(1, 2) @ z  # (H, d_v, d_v)
+            if not ways:
+                z = model.h[i].memory.hive.pool(*out).flatten(0, 1).transpose(0, 1)  # (H, B*T, d_v)
+                gram[i] = gram[i] + z.transpose(1, 2) @ z  # (H, d_v, d_v)
 
         return hook
 
-    replay = [False]
+    replay, ways = [False], {}
     with hooked([model.h[i].memory.product_keys.register_forward_hook(record(i)) for i in blocks]):
         for x, _ in tqdm(batches, desc="recording", disable=None):
             model(x)
-        ways = {i: realisations(trained[i], gram[i]) for i in blocks}
+        ways |= {i: realisations(trained[i], gram[i]) for i in blocks}
         losses = Counter()
         for x, y in tqdm(batches, desc="fixed retrieval", disable=None):
             replay[0] = False
@@ -192,12 +199,18 @@ def fixed_retrieval(model: GPT, tokens: np.ndarray) -> list[dict]:
             for way in ways[blocks[0]]:
                 for i in blocks:
                     model.h[i].memory.hive.proj.copy_(ways[i][way])
-                losses[way] += model(x, y)[1].item() * len(x)
+                values = {}
+                with hooked([model.h[i].memory.register_forward_hook(
+                    lambda module, inputs, m, i=i: values.update({i: m.flatten(0, 1).double()})) for i in blocks]
+                ):  # fmt: skip
+                    losses[way] += model(x, y)[1].item() * len(x)
+                for i, m in values.items():  # m (B*T, C)
+                    spread[way, i] = spread[way, i] + m.T @ m
             for i in blocks:
                 model.h[i].memory.hive.proj.copy_(trained[i])
     total = sum(len(x) for x, _ in batches)
     return [{"values": way, "loss": losses[way] / total,
-             "rank": sum(effective_rank(torch.cat(tuple(ways[i][way]), dim=1)) for i in blocks)}
+             "rank": sum(effective_rank(spread[way, i]) for i in blocks) / len(blocks)}
             for way in ways[blocks[0]]]  # fmt: skip
 
 
@@ -218,7 +231,7 @@ def busiest_slots(model: GPT, tokens: np.ndarray, block: int, head: int, slots: 
         for x, _ in windows(model, tokens):
             model(x)
     weights, chosen = (torch.cat(part).double() for part in zip(*reads))  # (tokens, k)
-    chosen = chosen.long()
+    chosen = chosen.long()  # double held them exactly
     total = torch.bincount(chosen.flatten(), weights.flatten(), minlength=model.config.n_keys**2)  # (N,)
     rows = []
     for slot in total.argsort(descending=True)[:slots].tolist():
@@ -228,7 +241,7 @@ def busiest_slots(model: GPT, tokens: np.ndarray, block: int, head: int, slots: 
             by_token[int(tokens[place])] += by_place[place].item()
         common = [(token, weight / total[slot].item()) for token, weight in by_token.most_common(examples)]
         rows.append({"slot": slot, "share": (total[slot] / total.sum()).item(), "tokens": common,
-                     "places": by_place.argsort(descending=True)[:examples].tolist()})  # fmt: skip
+                     "places": by_place.argsort(descending=True)[: min(examples, int((by_place > 0).sum()))].tolist()})
     return rows
 
 
@@ -309,7 +322,7 @@ def main() -> None:
     name, data_dir = args.dataset or info.get("dataset", "pydocs"), args.data_dir or info.get("data_dir", "data")
     tokens = load_dataset(name, info["tokenizer"], data_dir, (args.split,))[args.split].tokens[: args.tokens + 1]
     if len(tokens) <= model.config.block_size:
-        raise ValueError(f"--tokens must be at least a window, {model.config.block_size}")
+        raise ValueError(f"--tokens, and the split, must be at least a window, {model.config.block_size} tokens")
     stack = " ".join(model.config.blocks)
     print(f"{args.checkpoint}: {stack}, {name} {args.split}, {len(tokens) - 1:,} tokens, on {device}")
 
@@ -336,11 +349,13 @@ def main() -> None:
     print_table("The busiest slots of each block's most important head, and who reads them", held)
     print_table("Parameters of a block, stored and read per token", cost(model))
     if args.plot:
-        heat_map(silenced, labels, "rise in loss when a head is silenced (nats)", os.path.join(args.plot, "heads.png"))
+        for kind, chosen in (("memory", blocks), ("attention", [i for i in range(len(labels)) if i not in blocks])):
+            title = f"rise in loss when a head of {kind} is silenced (nats)"
+            heat_map(silenced[chosen], [labels[i] for i in chosen], title, os.path.join(args.plot, f"{kind}.png"))
         for figure, title in (("top1", "share of slots ever best"), ("entropy", "entropy of a read's weights (nats)")):
             values = torch.tensor([[r[figure] for r in rows if r["block"] == i] for i in blocks])
             heat_map(values, [f"{i} M" for i in blocks], title, os.path.join(args.plot, f"{figure}.png"))
-        print(f"\nwrote heads.png, top1.png and entropy.png to {args.plot}")
+        print(f"\nwrote memory.png, attention.png, top1.png and entropy.png to {args.plot}")
 
 
 if __name__ == "__main__":

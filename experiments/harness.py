@@ -1,5 +1,5 @@
 r"""
-Zero-shot tasks through EleutherAI's lm-evaluation-harness, the field's standard.   pip install lm-eval transformers
+Zero-shot tasks through EleutherAI's lm-evaluation-harness, the field's standard.   pip install "lm-eval[hf]"
 
     python experiments/harness.py ckpt.pt \
         --tasks arc_easy,arc_challenge,piqa,winogrande,boolq,commonsense_qa,logiqa,mmlu
@@ -22,10 +22,11 @@ from tqdm import tqdm
 try:
     import lm_eval
     from lm_eval.api.model import TemplateLM
+    from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs
     from lm_eval.tasks import TaskManager
     from lm_eval.utils import make_table
 except ImportError:
-    sys.exit("error: this needs the lm-evaluation-harness: pip install lm-eval transformers")
+    sys.exit("error: this needs the lm-evaluation-harness: pip install 'lm-eval[hf]'")
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 from data import load_tokenizer
@@ -63,12 +64,12 @@ class Adapter(TemplateLM):
             inputs = torch.zeros(len(rows), max(map(len, rows)) - 1, dtype=torch.int64)  # (B, T)
             for b, row in enumerate(rows):
                 inputs[b, : len(row) - 1] = torch.tensor(row[:-1])
-            logits = self.model(inputs.to(device))[0].float().log_softmax(dim=-1).cpu()  # (B, T, vocab)
-            for i, row, logp in zip(batch, rows, logits):
+            for i, row, logits in zip(batch, rows, self.model(inputs.to(device))[0]):  # logits (T, vocab)
                 n = len(requests[i][2])
                 if n > size:
                     raise ValueError(f"a continuation of {n} tokens does not fit the model's {size} positions")
-                target, logp = torch.tensor(row[-n:]), logp[len(row) - 1 - n : len(row) - 1]  # (n,), (n, vocab)
+                logp = logits[len(row) - 1 - n : len(row) - 1].float().log_softmax(dim=-1)  # (n, vocab)
+                target = torch.tensor(row[-n:], device=device)  # (n,)
                 total = logp.gather(1, target[:, None]).double().sum().item()
                 results[i] = total, torch.equal(logp.argmax(dim=1), target)
         return [results[i] for i in range(len(requests))]
@@ -84,13 +85,12 @@ class Adapter(TemplateLM):
         out, size = [], self.model.config.block_size
         for request in tqdm(requests, disable=True if disable_tqdm else None):
             context, options = request.args
-            new = options.get("max_gen_toks", 256)
-            tokens = (self.tok_encode(context) or [self.eot_token_id])[-max(1, size - new) :]
+            new = normalize_gen_kwargs(options)["max_gen_toks"]
+            tokens = (self.tok_encode(context) or [self.eot_token_id])[-size:]
             tokens = torch.tensor([tokens], device=self.model.wte.weight.device)  # (1, T)
             text = self.encoding.decode(self.model.generate(tokens, new, temperature=0)[0, tokens.size(1) :].tolist())
-            stops = options.get("until", [])
-            for stop in [stops] if isinstance(stops, str) else [*stops, "<|endoftext|>"]:
-                text = text.split(stop)[0]
+            for stop in handle_stop_sequences(options.get("until"), "<|endoftext|>"):
+                text = text.split(stop)[0] if stop else text
             out.append(text)
         return out
 
@@ -108,6 +108,9 @@ def main() -> None:
     parser.add_argument("--json", help="also write the figures to this file")
     args = parser.parse_args()
     device = pick_device(args.device)
+    for folder in (args.include_path, os.path.dirname(args.json or "")):
+        if folder and not os.path.isdir(folder):
+            raise ValueError(f"there is no folder {folder}")
     manager = TaskManager(include_path=args.include_path)
     names = manager.match_tasks(args.tasks.split(","))
     unknown = [task for task in args.tasks.split(",") if not manager.match_tasks([task])]
@@ -118,7 +121,7 @@ def main() -> None:
           f"{device}, float32: {', '.join(names)}")  # fmt: skip
     results = lm_eval.simple_evaluate(
         Adapter(model.to(device), info["tokenizer"], args.batch_size), tasks=names, num_fewshot=args.num_fewshot,
-        limit=args.limit, task_manager=manager, bootstrap_iters=1000,
+        limit=args.limit, task_manager=manager,
     )  # fmt: skip
     print(make_table(results))
     if args.json:

@@ -90,6 +90,9 @@ def test_rank_correlation():
     a = torch.tensor([3.0, 1, 2, 5])
     assert analyze.rank_correlation(a, a**3) == pytest.approx(1)
     assert analyze.rank_correlation(a, -a) == pytest.approx(-1)
+    tied = torch.tensor([1.0, 1, 2, 3])  # ranks 0.5, 0.5, 2, 3 against 2, 0, 1, 3
+    assert analyze.rank_correlation(tied, a) == pytest.approx(np.corrcoef([0.5, 0.5, 2, 3], [2, 0, 1, 3])[0, 1])
+    assert math.isnan(analyze.rank_correlation(torch.zeros(4), a))
 
 
 def test_fixed_retrieval_with_equal_projections(model):
@@ -115,11 +118,12 @@ def test_least_squares_is_the_nearest_to_all_heads():
     ways = analyze.realisations(proj, z.transpose(1, 2) @ z)
     stacked = torch.linalg.lstsq(z.flatten(0, 1), (z @ proj).flatten(0, 1)).solution
     torch.testing.assert_close(ways["one W, least squares"][0], stacked, rtol=1e-4, atol=1e-4)
-    assert torch.equal(ways["W of the next head"][1], proj[0])
+    assert torch.equal(ways["W of the next head"][0], proj[1])
 
 
 def test_effective_rank():
-    assert analyze.effective_rank(torch.randn(8, 1) @ torch.randn(1, 8)) == 1
+    vector = torch.randn(8, 1)
+    assert analyze.effective_rank(vector @ vector.T) == 1
     assert analyze.effective_rank(torch.eye(5)) == 5
     assert analyze.effective_rank(torch.zeros(3, 3)) == 0
 
@@ -163,6 +167,7 @@ def test_the_command(tmp_path, root):
     assert run.returncode == 0, run.stderr
     assert run.stdout.count("\n### ") == 6 and "rank correlation of the two over attention heads" in run.stdout
     if plot:
-        assert {p.name for p in (tmp_path / "plots").iterdir()} == {"heads.png", "top1.png", "entropy.png"}
+        drawn = {path.name for path in (tmp_path / "plots").iterdir()}
+        assert drawn == {"memory.png", "attention.png", "top1.png", "entropy.png"}
     run = subprocess.run([*command, "b.pt"], cwd=tmp_path, capture_output=True, text=True)
     assert run.returncode == 2 and "no memory blocks" in run.stderr

@@ -108,6 +108,11 @@ def test_log_likelihoods_are_those_of_the_forward_pass_and_of_transformers(both)
     from lm_eval.api.instance import Instance
 
     requests = [Instance("loglikelihood_rolling", {}, (text,), i) for i, text in enumerate(TEXTS)]
+    texts = [("A question ", "with an answer"), ("", "nothing before"), ("one", " more")]
+    asked = [Instance("loglikelihood", {}, text, i) for i, text in enumerate(texts)]
+    mine = harness.Adapter(ours, "bytes").loglikelihood(asked, disable_tqdm=True)
+    for (ll, greedy), (ll_theirs, greedy_theirs) in zip(mine, reference.loglikelihood(asked, disable_tqdm=True)):
+        assert ll == pytest.approx(ll_theirs, abs=1e-4) and greedy == greedy_theirs
     mine = harness.Adapter(ours, "bytes").loglikelihood_rolling(requests, disable_tqdm=True)
     assert mine == pytest.approx(reference.loglikelihood_rolling(requests, disable_tqdm=True), abs=1e-3)
 
@@ -120,8 +125,13 @@ def test_greedy_text_up_to_a_stop(both):
     whole = ours.generate(torch.tensor([tokenizer.encode_ordinary("Once")]), 20, temperature=0)[0, 4:].tolist()
     text = tokenizer.decode(whole)
     stop = text[3]
-    requests = [Instance("generate_until", {}, ("Once", {"until": [stop], "max_gen_toks": 20}), 0)]
+    requests = [Instance("generate_until", {}, ("Once", {"until": stop, "max_gen_toks": 20}), 0)]
     want = text.split("<|endoftext|>")[0].split(stop)[0]
+    assert harness.Adapter(ours, "bytes").generate_until(requests, True) == [want]
+    # More new tokens than positions: the context is still read, and the window moves on.
+    whole = ours.generate(torch.tensor([tokenizer.encode_ordinary("Once")]), 50, temperature=0)[0, 4:].tolist()
+    requests = [Instance("generate_until", {}, ("Once", {"until": None, "max_new_tokens": 50}), 0)]
+    want = tokenizer.decode(whole).split("<|endoftext|>")[0]
     assert harness.Adapter(ours, "bytes").generate_until(requests, True) == [want]
 
 

@@ -289,6 +289,8 @@ def test_nan_ends_a_run_with_a_sentence_and_keeps_the_last_checkpoint(here, monk
         (["--tokens", "1.5"], "not a positive whole number"),
         (["--tokens", "inf"], "not a positive whole number"),
         (["--lr", "-1"], "not a number of at least 0"),
+        (["--seed", "-1"], "not a whole number"),
+        (["--seed", "1e30"], "not a whole number"),
         (["--lr", "nan"], "not a number of at least 0"),
         (["--upscale", "magic"], "invalid choice"),
     ],
