@@ -74,7 +74,7 @@ def parse_arguments() -> argparse.Namespace:
     group.add_argument("--warmup", type=amount, help="steps of rising learning rate (default 5%% of the steps)")
     group.add_argument("--eval_every", type=count, help="steps between validations (default 10%% of the steps)")
     group.add_argument("--save_every", type=count, help="steps between checkpoints (default 10%% of the steps)")
-    group.add_argument("--seed", type=lambda text: count(text, 0), help="of new weights and the order of the data (default 0)")
+    group.add_argument("--seed", type=lambda t: count(t, 0), help="of new weights and the data's order (default 0)")
     group = parser.add_argument_group("machine")
     group.add_argument("--device", help="cpu, cuda or mps (default: the best there is)")
     group.add_argument("--dtype", choices=("float32", "bfloat16"), help="of autocast (default: bfloat16 where fast)")

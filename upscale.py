@@ -224,7 +224,7 @@ def main() -> None:
     parser.add_argument("--overwrite", action="store_true", help="replace --out if it exists")
     parser.add_argument("--data_dir", default="data", help="where GPT-2's weights are kept (default ./data)")
     parser.add_argument("--device", help="cpu, cuda or mps (default: the best there is)")
-    parser.add_argument("--seed", type=lambda text: count(text, 0), default=0, help="seed of what starts at random (default 0)")
+    parser.add_argument("--seed", type=lambda t: count(t, 0), default=0, help="of what starts at random")
     add_arguments(parser)
     args = parser.parse_args()
     if os.path.exists(args.out) and not args.overwrite:

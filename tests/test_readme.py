@@ -6,10 +6,16 @@ import subprocess
 import sys
 
 import pytest
+from conftest import ROOT
 
 import eval as evaluation
 import train
 import upscale
+
+sys.path.insert(0, str(ROOT / "experiments"))
+import analyze
+import bench
+import compare
 
 
 @pytest.fixture(scope="session")
@@ -50,7 +56,9 @@ def test_train_commands_are_accepted(readme, tmp_path, monkeypatch):
 
 
 def test_other_commands_name_flags_that_exist(readme, monkeypatch, capsys):
-    for script, module in (("eval.py", evaluation), ("upscale.py", upscale), ("train.py", train)):
+    experiments = [(f"experiments/{module.__name__}.py", module) for module in (analyze, bench, compare)]
+    for script, module in (("eval.py", evaluation), ("upscale.py", upscale), ("train.py", train), *experiments):
+        assert commands(readme, script) or script == "experiments/bench.py", script
         for arguments in commands(readme, script):
             monkeypatch.setattr(sys, "argv", [script, "--help"])
             with pytest.raises(SystemExit):
@@ -73,8 +81,20 @@ def test_the_main_command_and_its_evaluation(readme, root, tmp_path):
 
 
 def test_files_it_names_exist(readme, root):
-    for name in re.findall(r"`((?:[\w.]+/)?[\w.]+\.(?:py|txt|md))`", readme):
+    for name in re.findall(r"[`(]((?:[\w.]+/)*[\w.]+\.(?:py|txt|md|svg|png|jsonl))[`)]", readme):
         assert (root / name).exists(), name
+
+
+def test_methods_it_names_exist(readme):
+    for arguments in commands(readme, "experiments/compare.py"):
+        assert compare.parse(arguments[arguments.index("--methods") + 1])
+
+
+@pytest.mark.parametrize("name, lines", [
+    ("hml.py", 250), ("model.py", 350), ("upscale.py", 250), ("data.py", 350), ("train.py", 400), ("eval.py", 250),
+])  # fmt: skip
+def test_files_keep_to_their_length(root, name, lines):
+    assert len((root / name).read_text(encoding="utf-8").splitlines()) <= lines
 
 
 def test_python_example_runs(readme, root):
