@@ -169,7 +169,9 @@ def test_two_processes_train_like_one(here, monkeypatch, root):
     assert a["step"] == b["step"] == 20
     for x, y in zip(a["history"], b["history"], strict=True):
         assert x["loss"] == pytest.approx(y["loss"], abs=1e-5)
-    for x, y in zip(one.parameters(), two.parameters(), strict=True):
+    for (name, x), y in zip(one.named_parameters(), two.parameters(), strict=True):
+        if name.endswith("c_attn.bias"):  # a bias on K shifts all scores alike: its gradient is rounding, no more,
+            x, y = (torch.cat((bias[:32], bias[64:])) for bias in (x, y))  # and Adam makes whole steps of it
         torch.testing.assert_close(x, y, atol=1e-4, rtol=0)
 
 
