@@ -168,7 +168,7 @@ def predict_between(slices: Tensor, gaps: list[int], steps: int = 2000, share: f
     return out.transpose(1, 2) * scale  # (gaps, r, in)
 
 
-def lesa(base: GPT, n_new: int) -> GPT:
+def lesa(base: GPT, n_new: int, steps: int = 2000) -> GPT:
     """Each matrix of a new block is predicted from those of its neighbours. Biases and norms are those of the block
     below [choice: LLaMA, for which it was published, has no biases]. A GPT of 12 blocks gives only 10 examples of a
     block between two; a base needs at least 3. Not the base at start. Draws from torch's global random numbers."""
@@ -181,7 +181,7 @@ def lesa(base: GPT, n_new: int) -> GPT:
     for kind, same in enumerate(kinds):
         U, S, Vh = torch.linalg.svd(torch.cat(same, dim=1).detach().float(), full_matrices=False)  # (out, r), (r,), ...
         slices = torch.stack(Vh.chunk(L, dim=1))  # (r, L * in) -> (L, r, in)
-        predicted = predict_between(slices, gaps_of_top_half(L, n_new))  # (n_new, r, in)
+        predicted = predict_between(slices, gaps_of_top_half(L, n_new), steps)  # (n_new, r, in)
         with torch.no_grad():
             for i, slice in zip(model.config.new, predicted):
                 matrices(model.h[i])[kind].copy_((U * S) @ slice)  # (out, in)
