@@ -183,7 +183,7 @@ def run(job: dict) -> dict:
     except FloatingPointError:
         pass
     edges = [i * steps // 20 for i in range(21)] if steps >= 20 else range(steps + 1)
-    result["losses"] = [round(statistics.mean(losses[a:b]), 4) for a, b in zip(edges, edges[1:])]
+    result["losses"] = [round(statistics.mean(losses[a:b]), 4) for a, b in zip(edges, edges[1:]) if losses[a:b]]
     return {**config, **result, "looks": looks, "python": sys.version.split()[0], "torch": torch.__version__}
 
 
@@ -264,8 +264,7 @@ def trigram_perplexity(train: np.ndarray, test: np.ndarray, discount: float = 0.
     trigrams, counts = np.unique((t[:-2] * V + t[1:-1]) * V + t[2:], return_counts=True)
     bigrams, contexts = np.unique(trigrams % (V * V), return_counts=True)  # vw, and how many different u precede it
     words, word_contexts = np.unique(bigrams % V, return_counts=True)
-    p1 = (lookup(words, word_contexts, s[2:]) + 0.5) / (len(bigrams) + 0.5 * V)  # half a count for unseen tokens
-    p = p1
+    p = (lookup(words, word_contexts, s[2:]) + 0.5) / (len(bigrams) + 0.5 * V)  # half a count for unseen tokens
     for grams, values, wanted, context in (
         (bigrams, contexts, s[1:-1] * V + s[2:], s[1:-1]),
         (trigrams, counts, (s[:-2] * V + s[1:-1]) * V + s[2:], s[:-2] * V + s[1:-1]),

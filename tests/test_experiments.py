@@ -270,6 +270,30 @@ def test_a_run_is_what_a_plain_loop_gives(tmp_path):
     assert set(result["looks"]) == {0, 2, 12, 24} and result["looks"][0]["gradients"]["W"] == 0
 
 
+def test_a_diverged_run_is_told_not_dropped(tmp_path, monkeypatch, capsys):
+    steps, original = [], compare.train_step
+
+    def diverging(*args):
+        steps.append(1)
+        if len(steps) == 3:
+            raise FloatingPointError
+        return original(*args)
+
+    text = " the cat sat on the mat , and so on .\n" * 60
+    for split in ("train", "valid", "test"):
+        (tmp_path / f"wiki.{split}.tokens").write_text(text)
+    save_checkpoint(str(tmp_path / "base.pt"), GPT(GPTConfig(2, 2, 16, 16, 257)), tokenizer="bytes")
+    monkeypatch.setattr(compare, "train_step", diverging)
+    config = dict(dataset="wikitext2", memory={}, tokens=1600, memory_lr=1e-2, weight_decay=0.1, train="new", n_new=1,
+                  batch_size=4, grad_accum=1, valid_tokens=500, name="none", method="none", options={}, lr=1e-3, seed=1,
+                  test=True, dtype="float32")  # fmt: skip
+    job = dict(config=config, threads=torch.get_num_threads(), show=False, base=str(tmp_path / "base.pt"))
+    result = compare.run(job | {"data_dir": str(tmp_path), "device": "cpu"})
+    assert result["valid"] is None and result["test_perplexity"] is None and len(result["losses"]) < 3
+    compare.print_rows([compare.summarise([result])], {"valid": 9.0, "test_perplexity": 9.0})
+    assert "none (1 of 1 diverged)" in capsys.readouterr().out
+
+
 def test_the_comparison_refuses_in_a_sentence(root, tmp_path):
     for flags, sentence in (
         (["--base", "none.pt", "--methods", "midus"], "there is no checkpoint"),
