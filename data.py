@@ -5,10 +5,8 @@ Datasets: wikitext103 and wikitext2-raw (raw text), wikitext2 (word-level form, 
 downloaded and checked or taken from your own files; and pydocs, the English that ships with every Python: no
 download. Tokenizers, all through tiktoken: gpt2, gpt2:N (the first N of its merges), bytes.
 
-Everything under `data_dir` can be deleted at any time; it is made again. Shape names: see hml.py.
-
-In order: downloads, tokenizers, where the text is, tokens, batches. Not here: streaming, shuffling of documents,
-several tokens files per split; a split has to fit in memory as text once, while it is tokenized.
+Everything under `data_dir` can be deleted at any time; it is made again. A split has to fit in memory as text, once.
+In order: files and downloads, tokenizers, where the text is, tokens, batches. Shape names: see hml.py.
 """
 
 import ast
@@ -24,6 +22,7 @@ import warnings
 import zipfile
 import zlib
 from collections import namedtuple
+from contextlib import contextmanager
 from functools import lru_cache
 from pydoc_data.topics import topics
 
@@ -37,8 +36,20 @@ SPLITS = ("train", "valid", "test")
 TIMEOUT = 30  # seconds without a byte, after which a download gives up
 CONVENTIONS = ("tokens", "hf", "lm-eval")
 
-# ---------------------------------------------------------------------------------------------------------------
-# Downloads
+# ---- Files and downloads ---------------------------------------------------------------------------------------------
+
+
+@contextmanager
+def written_whole(path: str):
+    """Yields a temporary name, which becomes path at the end. A fault leaves path as it was; an OSError names it."""
+    temporary = f"{path}.tmp"  # what a killed try left there is simply overwritten
+    try:
+        yield temporary
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
+        if os.path.exists(temporary):
+            os.remove(temporary)
+        raise OSError(f"could not write {path}: {str(error).splitlines()[0]}") from error
 
 
 def file_sha256(path: str, size: int | None = None) -> bytes:
@@ -71,7 +82,7 @@ def download(urls: list[str], path: str, size: int | None = None, sha256: str | 
         except OSError as error:
             reasons.append(f"the file that is there: {error}")
     os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
-    temporary = f"{path}.tmp"  # an earlier, interrupted try is simply overwritten
+    temporary = f"{path}.tmp"
     for url in urls:
         try:
             # One of the hosts answers 403 to Python's default user agent.
@@ -94,15 +105,11 @@ def download(urls: list[str], path: str, size: int | None = None, sha256: str | 
     raise OSError(f"could not get {path} ({'; '.join(reasons)}). {hint}".rstrip())
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Tokenizers
+# ---- Tokenizers ------------------------------------------------------------------------------------------------------
 
 
 def vocab_size(tokenizer: str) -> int:
-    """The number of token ids: `gpt2` 50257, `gpt2:N` N + 1, `bytes` 257; the last id is <|endoftext|>.
-
-    Needs no download. Raises ValueError for any other name.
-    """
+    """The number of token ids: gpt2 50257, gpt2:N N + 1, bytes 257; the last is <|endoftext|>. Else ValueError."""
     if tokenizer in ("bytes", "gpt2"):
         return {"bytes": 257, "gpt2": 50257}[tokenizer]
     size = re.fullmatch(r"gpt2:(\d+)", tokenizer)
@@ -130,8 +137,7 @@ def load_tokenizer(name: str) -> tiktoken.Encoding:
     return tiktoken.Encoding(name, pat_str=pattern, mergeable_ranks=ranks, special_tokens={"<|endoftext|>": n})
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Where the text is
+# ---- Where the text is -----------------------------------------------------------------------------------------------
 
 SMERITY, PINNED = "https://wikitext.smerity.com/", "3555105b17ae31cc619a136fac72dbe2865c3738"
 WIKITEXT = {  # name: folder inside the zip, ending of its files, addresses, bytes, sha256
@@ -190,10 +196,8 @@ def build_pydocs(folder: str) -> None:
         split = {0: "valid", 1: "test"}.get(zlib.crc32(name.encode()) % 20, "train")
         texts[split].append(documents[name])
     for split, parts in texts.items():
-        path = os.path.join(folder, f"wiki.{split}.txt")
-        with open(f"{path}.tmp", "w", encoding="utf-8", newline="\n") as file:
-            file.write("\n\n".join(parts) + "\n")
-        os.replace(f"{path}.tmp", path)
+        with written_whole(os.path.join(folder, f"wiki.{split}.txt")) as temporary, open(temporary, "wb") as file:
+            file.write(("\n\n".join(parts) + "\n").encode())
 
 
 def find_source(name: str, split: str, data_dir: str) -> tuple[str, str | None]:
@@ -203,9 +207,8 @@ def find_source(name: str, split: str, data_dir: str) -> tuple[str, str | None]:
     dataset, OSError if there is neither file nor network.
     """
     if name == "pydocs":
-        folder = os.path.join(writable(data_dir), f"pydocs-{platform.python_version()}")
+        folder = writable(os.path.join(writable(data_dir), f"pydocs-{platform.python_version()}"))
         if not all(os.path.exists(os.path.join(folder, f"wiki.{s}.txt")) for s in SPLITS):
-            os.makedirs(folder, exist_ok=True)
             build_pydocs(folder)
         return os.path.join(folder, f"wiki.{split}.txt"), None
     if name not in WIKITEXT:
@@ -220,8 +223,7 @@ def find_source(name: str, split: str, data_dir: str) -> tuple[str, str | None]:
     return path, f"{folder}/wiki.{split}.{ending}"
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Tokens
+# ---- Tokens ----------------------------------------------------------------------------------------------------------
 
 
 # One split, tokenized. tokens: uint16 memory map; words: one end-of-line each included; bytes: of the text.
@@ -268,10 +270,9 @@ def load_split(name: str, split: str, tokenizer: str, data_dir: str) -> Split:
     if not os.path.exists(cache):
         encoding, text = load_tokenizer(tokenizer), read_text(path, member)
         tokens = encode(text, encoding, f"tokenizing {name} {split}")
-        with open(f"{cache}.tmp", "wb") as file:  # three uint64: words, bytes, tokens; then the tokens
-            file.write(np.array([count_words(text), len(text.encode()), len(tokens)], dtype=np.uint64).tobytes())
-            tokens.tofile(file)
-        os.replace(f"{cache}.tmp", cache)
+        with written_whole(cache) as temporary, open(temporary, "wb") as file:  # three uint64, then the tokens
+            file.write(np.array([count_words(text), len(text.encode()), len(tokens)], dtype=np.uint64))
+            file.write(tokens)
     words, size, length = [*np.fromfile(cache, dtype=np.uint64, count=3).tolist(), 0, 0, 0][:3]
     tokens = np.memmap(cache, np.uint16, "r", 24) if os.path.getsize(cache) == 24 + 2 * length > 24 else None
     if tokens is None or tokens.max() >= vocab_size(tokenizer):
@@ -287,13 +288,13 @@ def load_dataset(name: str, tokenizer: str, data_dir: str = "data", splits: tupl
 
 def detokenize(page: str) -> str:
     """WikiText's spaced-out text set together again by the rules of lm-eval's `wikitext` task, in their order."""
-    plain = [("s '", "s'"), (" @-@ ", "-"), (" @,@ ", ","), (" @.@ ", ".")] + [(f" {c} ", f"{c} ") for c in ":;.!?,"]
-    for old, new in plain:
+    marks = [(f" {c} ", f"{c} ") for c in ":;.!?,"]
+    for old, new in [("s '", "s'"), (" @-@ ", "-"), (" @,@ ", ","), (" @.@ ", "."), *marks]:
         page = page.replace(old, new)
     for left, right in ("()", "[]", "{}", '""', "''"):  # no spaces just inside a pair
         page = re.sub(rf"\{left}\s*([^\{right}]*?)\s*\{right}", rf"{left}\1{right}", page)
-    plain = [(spaced, spaced.replace(" ", "")) for spaced in ("= = = =", "= = =", "= =", " ° ")]
-    for old, new in [*plain, (" \n", "\n"), ("\n ", "\n"), (" N ", " 1 "), (" 's", "'s")]:
+    headings = [("= = = =", "===="), ("= = =", "==="), ("= =", "==")]
+    for old, new in [*headings, (" ° ", "°"), (" \n", "\n"), ("\n ", "\n"), (" N ", " 1 "), (" 's", "'s")]:
         page = page.replace(old, new)
     return page
 
@@ -321,8 +322,7 @@ def load_pieces(name: str, split: str, tokenizer: str, data_dir: str, convention
     return [np.uint16(piece) for piece in ids], words, sum(len(page.encode()) for page in pages)
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Batches
+# ---- Batches ---------------------------------------------------------------------------------------------------------
 
 
 @lru_cache(maxsize=2)
@@ -334,8 +334,7 @@ def get_batch(tokens: np.ndarray, index: int, batch_size: int, block_size: int, 
     """Training batch number `index`: inputs and targets, both (B, T), int64, on the CPU.
 
     A function of its arguments alone, so batch i is the same in every method and after a resume. An epoch reads
-    every window of block_size tokens once, in random order; each epoch cuts the windows at another offset.
-    Raises ValueError if the tokens do not fill one batch and one window more.
+    every window once, in random order, each epoch at another offset. ValueError if a batch does not fit.
     """
     windows = (len(tokens) - 1) // block_size - 1  # one less than fit: room for the offset
     if windows < batch_size:

@@ -24,8 +24,9 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-from data import CONVENTIONS, DATASETS, SPLITS, Split, get_batch, load_pieces, load_tokenizer
+from data import CONVENTIONS, DATASETS, SPLITS, Split, get_batch, load_pieces, load_tokenizer, written_whole
 from model import GPT, count_parameters, open_model, pick_device, run_command
+from upscale import amount, count
 
 
 @torch.no_grad()
@@ -43,10 +44,10 @@ def sum_nll(
     stride = size if stride is None else stride
     if not 1 <= stride <= size:
         raise ValueError(f"stride must lie between 1 and the window, {size}; got {stride}")
-    count = len(tokens) - 1
-    if count < 1:
+    scored = len(tokens) - 1
+    if scored < 1:
         raise ValueError("the split has fewer than two tokens; there is nothing to predict")
-    final = max(0, count - size)  # where the last window starts
+    final = max(0, scored - size)  # where the last window starts
     starts = [*range(0, final, stride), final]
     rows = min(windows, max(1, 2**28 // (size * model.config.vocab_size)))
     total, done = 0.0, 0
@@ -59,12 +60,12 @@ def sum_nll(
         for start, row in zip(group, nll.double().cpu()):  # row (T,)
             total += row[done - start :].sum().item()  # the windows before have scored up to here
             done = start + len(row)
-    return total, count
+    return total, scored
 
 
-def perplexity(nll: float, count: int) -> float:
-    """exp(nll / count), or infinity where no float is large enough."""
-    return math.inf if nll / count > 700 else math.exp(nll / count)
+def perplexity(nll: float, tokens: int) -> float:
+    """exp(nll / tokens), or infinity where no float is large enough."""
+    return math.inf if nll / tokens > 700 else math.exp(nll / tokens)
 
 
 @contextmanager
@@ -195,30 +196,28 @@ def main() -> None:
     parser.add_argument("--dataset", choices=DATASETS, help="(default: the checkpoint's own)")
     parser.add_argument("--data_dir", help="folder of the data (default: the checkpoint's own, or ./data)")
     parser.add_argument("--convention", choices=CONVENTIONS, default="tokens", help="how text is read (default tokens)")
-    parser.add_argument("--stride", type=int, help="tokens between windows (default: the window, no overlap)")
+    parser.add_argument("--stride", type=count, help="tokens between windows (default: the window, no overlap)")
     parser.add_argument("--device", help="cpu, cuda or mps (default: the best there is)")
     parser.add_argument("--json", help="also write the figures to this file")
     sampling = parser.add_argument_group("sampling")
     sampling.add_argument("--prompt", help="continue this text instead of evaluating; may be empty")
-    sampling.add_argument("--max_new_tokens", type=int, default=200, help="tokens to sample (default 200)")
-    sampling.add_argument("--temperature", type=float, default=0.8, help="0 takes the likeliest token (default 0.8)")
-    sampling.add_argument("--sample_top_k", type=int, default=50, help="sample among so many tokens (default 50)")
-    sampling.add_argument("--seed", type=int, default=0, help="(default 0)")
+    sampling.add_argument("--max_new_tokens", type=count, default=200, help="tokens to sample (default 200)")
+    sampling.add_argument("--temperature", type=amount, default=0.8, help="0 takes the likeliest token (default 0.8)")
+    sampling.add_argument("--sample_top_k", type=count, default=50, help="sample among so many tokens (default 50)")
+    sampling.add_argument("--seed", type=lambda t: count(t, 0), default=0, help="(default 0)")
     args = parser.parse_args()
-    if args.max_new_tokens < 1 or args.sample_top_k < 1 or not 0 <= args.temperature < math.inf:
-        raise ValueError("--max_new_tokens and --sample_top_k must be at least 1, --temperature at least 0")
     if args.stride is not None and args.convention == "lm-eval":
         raise ValueError("--convention lm-eval reads windows without overlap; drop --stride")
     if args.json and not os.path.isdir(os.path.dirname(args.json) or "."):
         raise ValueError(f"--json {args.json}: there is no such folder")
     device = pick_device(args.device)
     model, info = open_model(args.checkpoint, args.data_dir or "data")
-    if args.stride is not None and not 1 <= args.stride <= model.config.block_size:
-        raise ValueError(f"--stride must lie between 1 and the window, {model.config.block_size}; got {args.stride}")
+    if args.stride is not None and args.stride > model.config.block_size:
+        raise ValueError(f"--stride {args.stride} is more than the window, {model.config.block_size}")
     model = model.to(device).eval()
     parts = count_parameters(model)
     print(f"{args.checkpoint}: {' '.join(model.config.blocks)}, device {device}, float32")
-    print(f"{sum(parts.values()):,} parameters ({', '.join(f'{part} {count:,}' for part, count in parts.items())})")
+    print(f"{sum(parts.values()):,} parameters ({', '.join(f'{part} {n:,}' for part, n in parts.items())})")
 
     if args.prompt is not None:
         tokenizer = load_tokenizer(info["tokenizer"])
@@ -241,9 +240,8 @@ def main() -> None:
         about = {"checkpoint": args.checkpoint, "dataset": name, "split": args.split, "stride": stride,
                  "convention": args.convention, "tokenizer": info["tokenizer"], "window": model.config.block_size,
                  "parameters": parts}  # fmt: skip
-        with open(f"{args.json}.tmp", "w") as file:
+        with written_whole(args.json) as temporary, open(temporary, "w") as file:
             json.dump(about | report, file, indent=2)
-        os.replace(f"{args.json}.tmp", args.json)
 
 
 if __name__ == "__main__":

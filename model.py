@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from data import download, file_sha256, vocab_size
+from data import download, file_sha256, vocab_size, written_whole
 from hml import HeadwiseMemory
 
 
@@ -59,8 +59,7 @@ class GPTConfig:
             raise ValueError(f"new must list block indices from 0 to {self.n_layer - 1}, not {self.new}")
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Blocks
+# ---- Blocks ----------------------------------------------------------------------------------------------------------
 
 
 class Heads(nn.Module):
@@ -142,8 +141,7 @@ class MemoryBlock(nn.Module):
         return x + self.memory(self.attn(self.ln_1(x), cache))
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# The model
+# ---- The model -------------------------------------------------------------------------------------------------------
 
 GPT2_URL = "https://huggingface.co/openai-community/{}/resolve/main/pytorch_model.bin"
 GPT2_SHA256 = {"gpt2": "7c5d3f4b8b76583b422fcb9189ad6c89d5d97a094541ce8932dce3ecabde1421"}  # None known for the rest
@@ -263,24 +261,17 @@ def count_parameters(model: GPT, blocks: tuple[int, ...] | None = None) -> dict[
     return counts
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Checkpoints: a torch file followed by the sha256 of all before it (torch.load ignores the extra 32 bytes)
+# ---- Checkpoints: a torch file followed by the sha256 of all before it (torch.load ignores the extra 32 bytes) -------
 
 
 def save_checkpoint(path: str, model: GPT, **info) -> None:
     """Writes the model's config and weights and `info` (plain types and tensors only) to path, whole or not at all."""
-    temporary = f"{path}.tmp"
-    try:
+    with written_whole(path) as temporary:
         torch.save({"config": asdict(model.config), "model": model.state_dict(), **info}, temporary)
         digest = file_sha256(temporary)
         with open(temporary, "ab", buffering=0) as file:
             file.write(digest)
             os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
-        if os.path.exists(temporary):
-            os.remove(temporary)
-        raise OSError(f"could not write {path}: {str(error).splitlines()[0]}") from error
 
 
 def load_checkpoint(path: str) -> tuple[GPT, dict]:
@@ -314,8 +305,7 @@ def open_model(name_or_file: str, data_dir: str = "data") -> tuple[GPT, dict]:
     return model, info
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# What every command shares
+# ---- What every command shares ---------------------------------------------------------------------------------------
 
 
 def pick_device(name: str | None = None) -> torch.device:

@@ -32,8 +32,7 @@ from model import GPT, PRETRAINED, GPTConfig, has_bf16, load_checkpoint, open_mo
 from model import run_command, save_checkpoint
 from upscale import METHODS, add_arguments, amount, count, set_trainable, summary, upscale
 
-# ---------------------------------------------------------------------------------------------------------------
-# Settings: what the flags leave open is filled in from the size of the model, and printed
+# ---- Settings: what flags leave open is filled in from the size of the model, and printed ----------------------------
 
 MEMORY = ("n_keys", "top_k", "d_latent", "query_norm")
 PLACEMENT = ("every", "positions", "n_new")
@@ -147,8 +146,7 @@ def deepen(base: GPT, s: dict) -> GPT:
     return upscale(base, s["upscale"], **{name: s[name] for name in (*PLACEMENT, *MEMORY) if name in s})
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Optimizer
+# ---- Optimizer -------------------------------------------------------------------------------------------------------
 
 
 def make_optimizer(model: GPT, lr: float, memory_lr: float, weight_decay: float) -> torch.optim.AdamW:
@@ -175,8 +173,7 @@ def schedule(step: int, warmup: int, steps: int) -> float:
     return 0.1 + 0.45 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Several processes (torchrun): every rank trains on its part of each batch; rank 0 prints, evaluates and writes
+# ---- Several processes (torchrun): each trains on its part of a batch; rank 0 evaluates, prints, writes --------------
 
 
 def join_ranks(device: torch.device) -> tuple[torch.device, int, int]:
@@ -205,8 +202,7 @@ def mean_over_ranks(values: list[float], device: torch.device) -> list[float]:
     return (tensor / dist.get_world_size()).tolist()
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Training
+# ---- Training --------------------------------------------------------------------------------------------------------
 
 
 @contextmanager
@@ -297,8 +293,7 @@ def fit(model: GPT, data: dict[str, Split], s: dict, state: dict, out: str, devi
                 raise KeyboardInterrupt(f"interrupted; {out} is saved at step {state['step']} of {s['steps']}")
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# One run
+# ---- One run ---------------------------------------------------------------------------------------------------------
 
 
 def scratch_base(s: dict, data: dict[str, Split], device: torch.device) -> GPT:

@@ -25,8 +25,7 @@ from model import GPT, count_parameters, open_model, pick_device, run_command, s
 METHODS = ("midus", "llama-pro", "solar")
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Where the new blocks go
+# ---- Where the new blocks go -----------------------------------------------------------------------------------------
 
 
 def place(
@@ -60,8 +59,7 @@ def place(
     return [(low + high + 1) // 2 if in_the_middle else high for low, high in zip(edges, edges[1:])]
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# The methods: each says which block of the base every block of the new stack starts from
+# ---- The methods: each says which block of the base every block of the new stack starts from -------------------------
 
 
 def interleave(n_layer: int, positions: list[int]) -> tuple[list[int], list[int]]:
@@ -156,8 +154,7 @@ def set_trainable(model: GPT, which: str) -> None:
         model.h[i].requires_grad_(True)
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# The command
+# ---- The command -----------------------------------------------------------------------------------------------------
 
 
 @torch.no_grad()

@@ -18,8 +18,7 @@ from model import GPT, MLP, Attention, GPTConfig, MemoryBlock
 from upscale import assemble
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Other paths through the block
+# ---- Other paths through the block -----------------------------------------------------------------------------------
 
 
 class OtherPath(MemoryBlock):
@@ -75,8 +74,7 @@ def add_input_proj(model: GPT) -> None:
     other_path(model, copied=True, add_input=True, proj=True)
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# No memory: what the same head outputs can bring without retrieval
+# ---- No memory: what the same head outputs can bring without retrieval -----------------------------------------------
 
 
 class HeadsMap(nn.Module):
@@ -108,8 +106,7 @@ def mlp(model: GPT) -> None:
         model.h[i] = HeadsMap(model.h[i], map)
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# The generic memory block that HML improves on
+# ---- The generic memory block that HML improves on -------------------------------------------------------------------
 
 
 class ProductKeyMemory(nn.Module):
@@ -153,8 +150,7 @@ def pkm(model: GPT) -> None:
         model.h[i] = block
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Other values than HIVE's
+# ---- Other values than HIVE's ----------------------------------------------------------------------------------------
 
 
 class HeadTables(HIVE):
@@ -199,8 +195,7 @@ def shared_bank(model: GPT) -> None:
         hive.bank = first.bank
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Other queries and scores
+# ---- Other queries and scores ----------------------------------------------------------------------------------------
 
 
 class Tempered(ProductKeys):
@@ -255,8 +250,6 @@ def centred(model: GPT) -> None:
     """Queries less their running mean per head; a constant offset makes all tokens read the same slots."""
     replace_keys(model, Centred)
 
-
-# ---------------------------------------------------------------------------------------------------------------
 
 VARIANTS = {
     function.__name__.replace("_", "-"): function

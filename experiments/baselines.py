@@ -70,8 +70,7 @@ def average(base: GPT, n_new: int) -> GPT:
     return between(base, n_new, mean)
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# OpT-DeUS: neurons of two blocks that do the same thing sit in different places; find who is whose before averaging
+# ---- OpT-DeUS: neurons that do the same thing sit in different places; find who is whose before averaging ------------
 
 
 def transport_plan(first: Tensor, second: Tensor, reg: float = 0.06, rounds: int = 100) -> Tensor:
@@ -131,8 +130,7 @@ def opt_deus(base: GPT, n_new: int) -> GPT:
     return between(base, n_new, make)
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# LESA: blocks share a basis, in which what lies between two of them can be learned from all triples of blocks
+# ---- LESA: blocks share a basis, in which what lies between two can be learned from all triples of blocks ------------
 
 
 def matrices(block: TransformerBlock) -> list[Tensor]:

@@ -33,7 +33,7 @@ from tqdm import tqdm
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 from hml import HeadwiseMemory, candidate_pairs, topk_indices
 import train
-from data import Split
+from data import Split, written_whole
 from model import GPT, PRETRAINED, GPTConfig, MemoryBlock, TransformerBlock, pick_device, run_command
 from train import get_batch, make_optimizer, train_step
 from upscale import count, set_trainable, upscale
@@ -42,8 +42,7 @@ SIZES = ((64, 8), (128, 16), (128, 32))  # (n_keys, top_k)
 C, H, D_V = 768, 12, 64  # GPT-2 124M's width and heads; the latent width of its memory
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Measuring
+# ---- Measuring -------------------------------------------------------------------------------------------------------
 
 
 class Bench:
@@ -149,8 +148,7 @@ def infer(module: nn.Module, *inputs):
     return call
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# 1. Block against block
+# ---- 1. Block against block ------------------------------------------------------------------------------------------
 
 
 def block_costs(T: int, n: int, k: int) -> dict[str, dict[str, float]]:
@@ -222,8 +220,7 @@ def blocks(b: Bench, quick: bool) -> list[dict]:
     return [table("Block against block (last three columns: memory / copied, counted)", rows)]
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# 2. HML against other memory layers
+# ---- 2. HML against other memory layers ------------------------------------------------------------------------------
 
 
 class Textbook(HeadwiseMemory):
@@ -269,8 +266,7 @@ def layers(b: Bench, quick: bool) -> list[dict]:
                   f"queries and reads values of width {C}; ours {D_V})", rows)]  # fmt: skip
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# 3. Whole model
+# ---- 3. Whole model --------------------------------------------------------------------------------------------------
 
 
 def frozen_ceiling(model: GPT, T: int) -> float:
@@ -378,8 +374,7 @@ def overhead(b: Bench, quick: bool) -> list[dict]:
     return [table("train.py's loop against its three necessary parts", rows)]
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# 4. Where the time goes
+# ---- 4. Where the time goes ------------------------------------------------------------------------------------------
 
 
 def profile(b: Bench, quick: bool) -> list[dict]:
@@ -433,8 +428,7 @@ def profile(b: Bench, quick: bool) -> list[dict]:
     return [table(f"Where HML's time goes, T={T}", rows)]
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# 5. How the cost grows
+# ---- 5. How the cost grows -------------------------------------------------------------------------------------------
 
 
 def growth(b: Bench, quick: bool) -> list[dict]:
@@ -460,8 +454,7 @@ def growth(b: Bench, quick: bool) -> list[dict]:
     return [table("Growth: others at n=128, k=16, T=512, H=12, d_h=64", rows)]
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# 6. What training GPT-2 124M holds in memory
+# ---- 6. What training GPT-2 124M holds in memory ---------------------------------------------------------------------
 
 
 def saved(b: Bench, quick: bool) -> list[dict]:
@@ -529,9 +522,8 @@ def main() -> None:
     print(f"{about}\nC={C}, H={H}, d_v={D_V}, B=1; ratios: median [smallest, largest]")
     done = [made for name in args.tables for made in TABLES[name](b, args.quick)]
     if args.json:
-        with open(f"{args.json}.tmp", "w") as file:
+        with written_whole(args.json) as temporary, open(temporary, "w") as file:
             json.dump({"about": about, "tables": done}, file, indent=1)
-        os.replace(f"{args.json}.tmp", args.json)
 
 
 if __name__ == "__main__":

@@ -51,8 +51,7 @@ HAVE_MEMORY = ("midus", "stacked", *VARIANTS)
 PLACED = ("none", "llama-pro", "midus", *VARIANTS)  # take positions
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# A method, from its name
+# ---- A method, from its name -----------------------------------------------------------------------------------------
 
 
 def parse(text: str) -> list[tuple[str, dict]]:
@@ -101,8 +100,7 @@ def build(base: GPT, method: str, options: dict, n_new: int, memory: dict) -> tu
     return model, "new"
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# One run
+# ---- One run ---------------------------------------------------------------------------------------------------------
 
 
 def look(model: GPT, batch: list, dtype: torch.dtype) -> dict:
@@ -191,8 +189,7 @@ def is_new(name: str, new: tuple) -> bool:
     return name.startswith("h.") and int(name.split(".")[1]) in new
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Many runs
+# ---- Many runs -------------------------------------------------------------------------------------------------------
 
 
 def read_results(path: str) -> list[dict]:
@@ -247,8 +244,7 @@ def best_lr(config: dict, lrs: list[float], done: list[dict]) -> float | None:
     return best
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# What to measure by: the base, and a model of three tokens
+# ---- What to measure by: the base, and a model of three tokens -------------------------------------------------------
 
 
 def trigram_perplexity(train: np.ndarray, test: np.ndarray, discount: float = 0.75) -> float:

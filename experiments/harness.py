@@ -29,7 +29,7 @@ except ImportError:
     sys.exit("error: this needs the lm-evaluation-harness: pip install 'lm-eval[hf]'")
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-from data import load_tokenizer
+from data import load_tokenizer, written_whole
 from eval import sum_nll
 from model import GPT, open_model, pick_device, run_command
 from upscale import count
@@ -125,9 +125,8 @@ def main() -> None:
     )  # fmt: skip
     print(make_table(results))
     if args.json:
-        with open(f"{args.json}.tmp", "w") as file:
+        with written_whole(args.json) as temporary, open(temporary, "w") as file:
             json.dump(results["results"], file, indent=2, default=str)
-        os.replace(f"{args.json}.tmp", args.json)
 
 
 if __name__ == "__main__":

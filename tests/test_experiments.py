@@ -33,8 +33,7 @@ def tokens():
     return torch.randint(50, (2, 16), generator=torch.Generator().manual_seed(0))
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# bench.py
+# ---- bench.py --------------------------------------------------------------------------------------------------------
 
 
 def test_bench_runs_and_prints_every_table(root, tmp_path):
@@ -67,8 +66,7 @@ def test_the_textbook_form_computes_the_same():
     torch.testing.assert_close(textbook(heads), ours(heads))
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# baselines.py
+# ---- baselines.py ----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("L", range(2, 14))
@@ -148,8 +146,7 @@ def test_lesa_needs_triples():
         baselines.lesa(GPT(GPTConfig(2, 2, 8, 8, 10)), 1)
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# ablations.py
+# ---- ablations.py ----------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["stacked", *ablations.VARIANTS])
@@ -184,8 +181,7 @@ def test_the_product_key_memory_by_hand(base):
     torch.testing.assert_close(memory(x)[0, 0], want)
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# compare.py
+# ---- compare.py ------------------------------------------------------------------------------------------------------
 
 
 def test_methods_are_read_from_text():

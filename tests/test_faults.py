@@ -26,8 +26,7 @@ from test_train import MIDUS, TINY, call, command, here, same_weights  # noqa: F
 SMALL = GPTConfig(3, 2, 8, 8, 20, "TMT", n_keys=4, top_k=2, d_latent=3, new=(1,))
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Killed
+# ---- Killed ----------------------------------------------------------------------------------------------------------
 
 
 def test_killed_at_any_moment_a_run_ends_as_if_nothing_had_happened(here, monkeypatch, root, long):  # noqa: F811
@@ -65,8 +64,7 @@ def test_killed_at_any_moment_a_run_ends_as_if_nothing_had_happened(here, monkey
     print(f"killed {len(killed)} times, with steps {killed} saved: nothing saved was lost")
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Disk
+# ---- Disk ------------------------------------------------------------------------------------------------------------
 
 
 def test_a_full_disk_keeps_the_old_checkpoint(here, monkeypatch, root):  # noqa: F811
@@ -87,6 +85,20 @@ def test_a_full_disk_keeps_the_old_checkpoint(here, monkeypatch, root):  # noqa:
     assert open("ckpt.pt", "rb").read() == old and not os.path.exists("ckpt.pt.tmp")
 
 
+def test_a_full_disk_while_text_is_tokenized(here):  # noqa: F811
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
+        with pytest.raises(OSError, match="could not write .*wikitext2-valid-bytes.*: "):
+            load_dataset("wikitext2", "bytes", "data", ("valid",))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        signal.signal(signal.SIGXFSZ, handler)
+    assert not [name for name in os.listdir("data") if name.startswith("wikitext2-valid")]
+    assert len(load_dataset("wikitext2", "bytes", "data", ("valid",))["valid"].tokens) > 1000
+
+
 def test_a_folder_that_cannot_be_written_is_named(here, monkeypatch, capsys):  # noqa: F811
     """Root may write to a read-only folder, but not to /proc."""
     if os.geteuid() == 0:
@@ -98,8 +110,7 @@ def test_a_folder_that_cannot_be_written_is_named(here, monkeypatch, capsys):  #
     assert status in (1, 2) and f"{folder}/a." in capsys.readouterr().err
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Checkpoints
+# ---- Checkpoints -----------------------------------------------------------------------------------------------------
 
 
 def sealed(path, content: dict | bytes) -> str:
@@ -173,8 +184,7 @@ def test_what_is_wrong_with_a_checkpoint_is_said(tmp_path):
             load_checkpoint(str(tmp_path / "c.pt"))
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Downloads
+# ---- Downloads -------------------------------------------------------------------------------------------------------
 
 CONTENT = bytes(range(256)) * 4000
 
@@ -241,8 +251,7 @@ def test_killed_while_downloading(server, tmp_path, root):
     assert (tmp_path / "file").read_bytes() == CONTENT and os.listdir(tmp_path) == ["file"]
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Text and tokens
+# ---- Text and tokens -------------------------------------------------------------------------------------------------
 
 
 def put(folder, content: bytes) -> None:
@@ -284,8 +293,7 @@ def test_a_damaged_cache_is_refused(tmp_path, damage):
         load_dataset("wikitext2", "bytes", str(tmp_path), ("test",))
 
 
-# ---------------------------------------------------------------------------------------------------------------
-# Flags and numbers
+# ---- Flags and numbers -----------------------------------------------------------------------------------------------
 
 CHOICES = {  # every flag: values that make sense, then values that don't or only do with others
     "--n_layer": ["2", "1", "3", "0", "-1", "x", "1e9"], "--n_head": ["2", "1", "3", "0"],
