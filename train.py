@@ -374,6 +374,11 @@ def main() -> None:
         if os.path.exists(args.out) and not args.overwrite:
             raise ValueError(f"{args.out} exists; add --resume to go on with it, --overwrite to replace it, or --out")
         s, base = settle(args, device, ranks)
+    if s["compile"]:
+        try:
+            torch.compile(torch.sin)(torch.zeros(2, device=device))
+        except Exception as error:  # each backend raises a kind of its own
+            raise ValueError(f"--compile does not work here, drop it: {str(error).splitlines()[0]}") from None
     print("settings:", ", ".join(f"{name} {value}" for name, value in s.items()))
     for first in (True, False):  # rank 0 downloads and tokenizes, the others find it done
         if (rank == 0) == first:

@@ -1,5 +1,6 @@
 """Paths: tests run from anywhere; ../shared holds real text and GPT-2's vocabulary where it is present."""
 
+import importlib
 import os
 import sys
 from pathlib import Path
@@ -8,13 +9,25 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 SHARED = ROOT.parent / "shared"
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "experiments")]
 if (SHARED / "tiktoken_cache").is_dir():
     os.environ.setdefault("TIKTOKEN_CACHE_DIR", str(SHARED / "tiktoken_cache"))
 
 
 def pytest_addoption(parser):
     parser.addoption("--long", action="store_true", help="more tries of every fault, and a soak (about an hour)")
+
+
+def call(monkeypatch, script, *arguments):
+    """Runs a script's main in this process (a new one takes seconds to import torch); its exit status."""
+    from model import run_command
+
+    monkeypatch.setattr(sys, "argv", [script, *map(str, arguments)])
+    try:
+        run_command(importlib.import_module(Path(script).stem).main)
+    except SystemExit as end:
+        return end.code
+    return 0
 
 
 @pytest.fixture
@@ -26,6 +39,16 @@ def long(request):
 @pytest.fixture(scope="session")
 def root():
     return ROOT
+
+
+@pytest.fixture(scope="session")
+def pydocs(tmp_path_factory):
+    """A data folder in which pydocs is built and tokenized, since that takes seconds."""
+    from data import load_dataset
+
+    folder = tmp_path_factory.mktemp("pydocs")
+    load_dataset("pydocs", "bytes", str(folder))
+    return folder
 
 
 @pytest.fixture(scope="session")

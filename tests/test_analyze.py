@@ -2,19 +2,16 @@
 
 import importlib.util
 import math
-import subprocess
-import sys
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
+from conftest import call
 from torch import nn
 
 from model import GPT, GPTConfig, save_checkpoint
 from test_model import CONFIG, wake
 
-sys.path.insert(0, str(ROOT / "experiments"))
 import analyze
 
 TOKENS = np.random.default_rng(0).integers(0, 50, 12 * 20 + 5).astype(np.uint16)
@@ -154,20 +151,19 @@ def test_cost_by_hand(model):
     assert memory == {"block": "memory", "stored": small + n * n * d_v, "read": small + H * k * d_v}
 
 
-def test_the_command(tmp_path, root):
+def test_the_command(tmp_path, monkeypatch, capsys):
     torch.manual_seed(0)
     shape = dict(n_keys=6, top_k=3, d_latent=4, new=(1,))
     (tmp_path / "wiki.valid.tokens").write_text(" = One = \n Some words | bars . \n" * 40)
     about = dict(tokenizer="bytes", dataset="wikitext2", data_dir=str(tmp_path))
     save_checkpoint(str(tmp_path / "a.pt"), wake(GPT(GPTConfig(3, 2, 16, 32, 257, "TMT", **shape))), **about)
     save_checkpoint(str(tmp_path / "b.pt"), GPT(GPTConfig(1, 2, 16, 32, 257)), **about)
-    command = [sys.executable, str(root / "experiments" / "analyze.py")]
+    monkeypatch.chdir(tmp_path)
     plot = ["--plot", "plots"] if importlib.util.find_spec("matplotlib") else []
-    run = subprocess.run([*command, "a.pt", "--tokens", "320", *plot], cwd=tmp_path, capture_output=True, text=True)
-    assert run.returncode == 0, run.stderr
-    assert run.stdout.count("\n### ") == 6 and "rank correlation of the two over attention heads" in run.stdout
+    assert call(monkeypatch, "analyze.py", "a.pt", "--tokens", "320", *plot) == 0
+    out = capsys.readouterr().out
+    assert out.count("\n### ") == 6 and "rank correlation of the two over attention heads" in out
     if plot:
         drawn = {path.name for path in (tmp_path / "plots").iterdir()}
         assert drawn == {"memory.png", "attention.png", "top1.png", "entropy.png"}
-    run = subprocess.run([*command, "b.pt"], cwd=tmp_path, capture_output=True, text=True)
-    assert run.returncode == 2 and "no memory blocks" in run.stderr
+    assert call(monkeypatch, "analyze.py", "b.pt") == 2 and "no memory blocks" in capsys.readouterr().err

@@ -242,8 +242,8 @@ def test_detokenization_is_that_of_the_harness(wikitext2):
     assert detokenize(text) == task.wikitext_detokenizer({"page": text})
 
 
-def test_pydocs(tmp_path):
-    first = load_dataset("pydocs", "bytes", str(tmp_path / "a"))
+def test_pydocs(pydocs, tmp_path):
+    first = load_dataset("pydocs", "bytes", str(pydocs))
     assert 1_500_000 < len(first["train"].tokens) and all(len(first[s].tokens) > 40_000 for s in ("valid", "test"))
     data.build_pydocs(str(tmp_path))  # again, from nothing: the same text
     again = (tmp_path / "wiki.valid.txt").read_bytes()

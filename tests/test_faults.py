@@ -16,12 +16,13 @@ import time
 import numpy as np
 import pytest
 import torch
+from conftest import call
 
 import data
 import train
 from data import download, load_dataset
 from model import GPT, GPTConfig, load_checkpoint, open_model, save_checkpoint
-from test_train import MIDUS, TINY, call, command, here, same_weights  # noqa: F401 (here is a fixture)
+from test_train import MIDUS, TINY, command, here, same_weights  # noqa: F401 (here is a fixture)
 
 SMALL = GPTConfig(3, 2, 8, 8, 20, "TMT", n_keys=4, top_k=2, d_latent=3, new=(1,))
 

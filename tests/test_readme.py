@@ -6,13 +6,12 @@ import subprocess
 import sys
 
 import pytest
-from conftest import ROOT
+from conftest import call
 
 import eval as evaluation
 import train
 import upscale
 
-sys.path.insert(0, str(ROOT / "experiments"))
 import analyze
 import bench
 import compare
@@ -67,17 +66,19 @@ def test_other_commands_name_flags_that_exist(readme, monkeypatch, capsys):
             assert all(word in help_text for word in arguments if word.startswith("--")), arguments
 
 
-def test_the_main_command_and_its_evaluation(readme, root, tmp_path):
-    """The first command as it stands, with fewer tokens."""
+def test_the_main_command_and_its_evaluation(readme, pydocs, tmp_path, monkeypatch, capsys):
+    """The first command as it stands, with fewer tokens to train on and to evaluate."""
     main = ["train.py", "--upscale", "midus"]
     assert main in commands(readme, "train.py")
     short = [*main, "--base_tokens", "2e4", "--tokens", "2e4"]
+    for text in pydocs.glob("pydocs-*/wiki.*.txt"):
+        short_text = tmp_path / "data" / text.relative_to(pydocs)
+        short_text.parent.mkdir(parents=True, exist_ok=True)
+        short_text.write_bytes(text.read_bytes()[: 10_000_000 if "train" in text.name else 10_000])
+    monkeypatch.chdir(tmp_path)
     for arguments in (short, ["train.py", "--resume"], ["eval.py", "ckpt.pt"]):
-        run = subprocess.run(
-            [sys.executable, str(root / arguments[0]), *arguments[1:]], cwd=tmp_path, capture_output=True, text=True
-        )
-        assert run.returncode == 0, run.stderr
-    assert "token-level perplexity" in run.stdout
+        assert call(monkeypatch, *arguments) == 0
+    assert "token-level perplexity" in capsys.readouterr().out
 
 
 def test_files_it_names_exist(readme, root):

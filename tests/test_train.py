@@ -6,15 +6,15 @@ import os
 import signal
 import subprocess
 import sys
-import time
 
 import pytest
 import torch
+from conftest import call
 
 import train
 from data import load_dataset
 from eval import sum_nll
-from model import GPT, GPTConfig, load_checkpoint, run_command, save_checkpoint
+from model import GPT, GPTConfig, load_checkpoint, save_checkpoint
 from upscale import set_trainable, upscale
 
 TINY = "--n_layer 2 --n_head 2 --n_embd 32 --block_size 16 --batch_size 4 --base_tokens 2e3".split()
@@ -36,16 +36,6 @@ def here(tmp_path, monkeypatch):
 
 def command(*arguments):
     return ["train.py", "--dataset", "wikitext2", "--base", "scratch", "--tokenizer", "bytes", *arguments]
-
-
-def call(monkeypatch, *arguments):
-    """Runs train.py's main in this process; its exit status."""
-    monkeypatch.setattr(sys, "argv", [*arguments])
-    try:
-        run_command(train.main)
-    except SystemExit as end:
-        return end.code
-    return 0
 
 
 def same_weights(a, b):
@@ -91,21 +81,6 @@ def test_a_seed_and_a_resume_give_the_same_losses_bit_for_bit(here, monkeypatch,
     (whole, a), (cut, b) = load_checkpoint("whole.pt"), load_checkpoint("cut.pt")
     assert a["history"] == b["history"] and len(a["history"]) == 31 and same_weights(whole, cut)
     assert open("whole.jsonl").read() == open("cut.jsonl").read()
-
-
-def test_a_killed_run_goes_on_from_its_last_checkpoint(here, monkeypatch, root):
-    arguments = command(*TINY, *MIDUS, "--tokens", "2e4", "--save_every", "5")
-    process = subprocess.Popen([sys.executable, str(root / "train.py"), *arguments[1:]], stdout=subprocess.DEVNULL)
-    deadline = time.time() + 60
-    while not os.path.exists("ckpt.pt") and time.time() < deadline:
-        time.sleep(0.01)
-    process.kill()
-    process.wait()
-    assert load_checkpoint("ckpt.pt")[1]["step"] < 312
-    assert call(monkeypatch, "train.py", "--resume") == 0
-    assert call(monkeypatch, *arguments, "--out", "whole.pt") == 0
-    (cut, a), (whole, b) = load_checkpoint("ckpt.pt"), load_checkpoint("whole.pt")
-    assert a["history"] == b["history"] and same_weights(whole, cut)
 
 
 def test_an_interrupted_base_goes_on_by_itself(here, monkeypatch, capsys):
@@ -315,6 +290,12 @@ def test_resume_refuses_what_contradicts_the_checkpoint(here, monkeypatch, capsy
     save_checkpoint("plain.pt", make())
     assert call(monkeypatch, "train.py", "--resume", "--out", "plain.pt") == 2
     assert "was not written by train.py" in capsys.readouterr().err
+
+
+def test_compile_without_a_compiler_is_refused(here, monkeypatch, capsys):
+    monkeypatch.setattr(torch, "compile", lambda f: (_ for _ in ()).throw(RuntimeError("no compiler\nand more")))
+    assert call(monkeypatch, *command(*TINY, *MIDUS, "--compile")) == 2
+    assert capsys.readouterr().err == "error: --compile does not work here, drop it: no compiler\n"
 
 
 def test_a_text_that_is_too_short_is_refused(here, monkeypatch, capsys):

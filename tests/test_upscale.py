@@ -2,11 +2,10 @@
 
 import copy
 import doctest
-import subprocess
-import sys
 
 import pytest
 import torch
+from conftest import call
 
 import upscale as module
 from model import GPT, GPTConfig, MemoryBlock, load_checkpoint, save_checkpoint
@@ -144,26 +143,24 @@ def test_freezing(base):
             set_trainable(base, wrong)
 
 
-def test_the_command(base, tmp_path, root):
+def test_the_command(base, tmp_path, monkeypatch, capsys):
     config = base.config
     from dataclasses import replace
 
     torch.manual_seed(0)
     base = GPT(replace(config, vocab_size=257))
     save_checkpoint(str(tmp_path / "base.pt"), base, tokenizer="bytes", dataset="pydocs")
-    run = [sys.executable, str(root / "upscale.py"), "base.pt"]
+    monkeypatch.chdir(tmp_path)
     for method in METHODS:
-        result = subprocess.run(
-            [*run, "--method", method, "--out", f"{method}.pt"], cwd=tmp_path, capture_output=True, text=True
-        )
-        assert result.returncode == 0, result.stderr
-        gaps = [line.split()[-1] for line in result.stdout.splitlines() if "largest difference" in line]
+        assert call(monkeypatch, "upscale.py", "base.pt", "--method", method, "--out", f"{method}.pt") == 0
+        gaps = [line.split()[-1] for line in capsys.readouterr().out.splitlines() if "largest difference" in line]
         assert len(gaps) == 2 and (gaps == ["0", "0"]) == (method != "solar")
         deeper, info = load_checkpoint(str(tmp_path / f"{method}.pt"))
         assert info["method"] == method and info["tokenizer"] == "bytes" and deeper.config.new
     assert "stack  T M T T M T T M T" in summary(base, upscale(base, "midus", **SMALL))
-    again = subprocess.run([*run, "--out", "midus.pt"], cwd=tmp_path, capture_output=True, text=True)
-    assert again.returncode == 2 and again.stderr.startswith("error: midus.pt exists") and len(again.stderr) < 200
+    assert call(monkeypatch, "upscale.py", "base.pt", "--out", "midus.pt") == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: midus.pt exists") and len(error) < 200
 
 
 def test_docstring_examples():
