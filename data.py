@@ -131,8 +131,8 @@ def load_tokenizer(name: str) -> tiktoken.Encoding:
         try:
             gpt2 = tiktoken.get_encoding("gpt2")
         except Exception as error:
-            hint = "Set TIKTOKEN_CACHE_DIR to a folder where it is cached from elsewhere, or use --tokenizer bytes"
-            raise OSError(f"tiktoken could not download GPT-2's vocabulary ({error}). {hint}") from error
+            hint = "set TIKTOKEN_CACHE_DIR to a folder where it is cached from elsewhere, or use --tokenizer bytes"
+            raise OSError(f"tiktoken could not download GPT-2's vocabulary; {hint} ({error})") from error
         ranks, pattern = {piece: rank for piece, rank in gpt2._mergeable_ranks.items() if rank < n}, gpt2._pat_str
     return tiktoken.Encoding(name, pat_str=pattern, mergeable_ranks=ranks, special_tokens={"<|endoftext|>": n})
 
