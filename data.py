@@ -5,7 +5,7 @@ Datasets: wikitext103 and wikitext2-raw (raw text), wikitext2 (word-level form, 
 downloaded and checked or taken from your own files; and pydocs, the English that ships with every Python: no
 download. Tokenizers, all through tiktoken: gpt2, gpt2:N (the first N of its merges), bytes.
 
-Everything under `data_dir` can be deleted at any time; it is made again. A split has to fit in memory as text, once.
+What is made under `data_dir` can be deleted at any time. A split has to fit in memory as text, once.
 In order: files and downloads, tokenizers, where the text is, tokens, batches. Shape names: see hml.py.
 """
 
@@ -159,13 +159,13 @@ WIKITEXT = {  # name: folder inside the zip, ending of its files, addresses, byt
 DATASETS = (*WIKITEXT, "pydocs")
 
 
-def writable(data_dir: str) -> str:
-    """data_dir, or ./data where it is a folder marked read-only (somebody's own files); made if missing."""
+def kept(data_dir: str, name: str) -> str:
+    """Where a file made or downloaded once is, or goes: in data_dir, or in ./data if that is read-only without it."""
     # The mode is asked too: root may write anywhere, but should not where nobody is meant to.
     if os.path.isdir(data_dir) and not (os.access(data_dir, os.W_OK) and os.stat(data_dir).st_mode & 0o222):
-        data_dir = "data"
+        data_dir = data_dir if os.path.exists(os.path.join(data_dir, name)) else "data"
     os.makedirs(data_dir, exist_ok=True)
-    return data_dir
+    return os.path.join(data_dir, name)
 
 
 def build_pydocs(folder: str) -> None:
@@ -207,8 +207,9 @@ def find_source(name: str, split: str, data_dir: str) -> tuple[str, str | None]:
     dataset, OSError if there is neither file nor network.
     """
     if name == "pydocs":
-        folder = writable(os.path.join(writable(data_dir), f"pydocs-{platform.python_version()}"))
+        folder = kept(data_dir, f"pydocs-{platform.python_version()}")
         if not all(os.path.exists(os.path.join(folder, f"wiki.{s}.txt")) for s in SPLITS):
+            os.makedirs(folder, exist_ok=True)
             build_pydocs(folder)
         return os.path.join(folder, f"wiki.{split}.txt"), None
     if name not in WIKITEXT:
@@ -218,7 +219,7 @@ def find_source(name: str, split: str, data_dir: str) -> tuple[str, str | None]:
         return own, None
     hint = f"Without network, put wiki.train.{ending}, wiki.valid.{ending} and wiki.test.{ending} into {data_dir} "
     hint += "(--data_dir), or use --dataset pydocs, which needs no download."
-    path = os.path.join(writable(data_dir), os.path.basename(urls[0]))
+    path = kept(data_dir, os.path.basename(urls[0]))
     download(urls, path, size, sha256, hint)
     return path, f"{folder}/wiki.{split}.{ending}"
 
@@ -231,10 +232,8 @@ Split = namedtuple("Split", ("tokens", "words", "bytes"))
 
 
 def encode(text: str, tokenizer: tiktoken.Encoding, desc: str) -> np.ndarray:
-    """Token ids (uint16) of the whole text, exactly as if encoded in one piece; in parallel, with a bar.
-
-    The text is cut at a single space between two other characters: there GPT-2's pattern always starts a new piece.
-    """
+    """Token ids (uint16) of the text, as if encoded in one piece; in parallel, with a bar. It is cut at single spaces
+    between two other characters, where GPT-2's pattern always starts a new piece."""
     cuts, size, gap = [0], 1 << 18, re.compile(r"(?<=\S) (?=\S)")
     while cut := gap.search(text, cuts[-1] + size):
         cuts.append(cut.start())
@@ -254,7 +253,7 @@ def read_text(path: str, member: str | None) -> str:
     """The text at a place that find_source() names, its lines ending in \\n. Raises ValueError if there is none."""
     try:
         with open(path, "rb") if member is None else zipfile.ZipFile(path).open(member) as file:
-            text = file.read().decode("utf-8-sig").replace("\r\n", "\n")  # as on other systems: no mark, no \r
+            text = file.read().decode("utf-8-sig").replace("\r\n", "\n")  # no byte-order mark, no \r
     except (UnicodeDecodeError, KeyError, zipfile.BadZipFile) as error:
         raise ValueError(f"{path} does not hold {member or 'a split'} as UTF-8 text: {error}") from error
     if not text.strip():
@@ -266,15 +265,16 @@ def load_split(name: str, split: str, tokenizer: str, data_dir: str) -> Split:
     """One split as tokens, from a cache keyed by the source file's sha256 and everything else that shapes it."""
     path, member = find_source(name, split, data_dir)
     key = hashlib.sha256(repr((file_sha256(path), member, tokenizer, "layout 2")).encode()).hexdigest()[:16]
-    cache = os.path.join(writable(data_dir), f"{name}-{split}-{tokenizer.replace(':', '-')}-{key}.bin")
+    cache = kept(data_dir, f"{name}-{split}-{tokenizer.replace(':', '-')}-{key}.bin")
     if not os.path.exists(cache):
         encoding, text = load_tokenizer(tokenizer), read_text(path, member)
         tokens = encode(text, encoding, f"tokenizing {name} {split}")
-        with written_whole(cache) as temporary, open(temporary, "wb") as file:  # three uint64, then the tokens
+        with written_whole(cache) as temporary, open(temporary, "wb") as file:  # 24 bytes, then the tokens
             file.write(np.array([count_words(text), len(text.encode()), len(tokens)], dtype=np.uint64))
             file.write(tokens)
-    words, size, length = [*np.fromfile(cache, dtype=np.uint64, count=3).tolist(), 0, 0, 0][:3]
-    tokens = np.memmap(cache, np.uint16, "r", 24) if os.path.getsize(cache) == 24 + 2 * length > 24 else None
+    room = os.path.getsize(cache) - 24
+    words, size, length = np.fromfile(cache, dtype=np.uint64, count=3).tolist() if room > 0 else (0, 0, 0)
+    tokens = np.memmap(cache, np.uint16, "r", 24) if room == 2 * length > 0 else None
     if tokens is None or tokens.max() >= vocab_size(tokenizer):
         raise ValueError(f"{cache} is damaged; delete it, and it is made again")
     return Split(tokens, words, size)
@@ -282,7 +282,7 @@ def load_split(name: str, split: str, tokenizer: str, data_dir: str) -> Split:
 
 def load_dataset(name: str, tokenizer: str, data_dir: str = "data", splits: tuple = SPLITS) -> dict[str, Split]:
     """The splits asked for, by name ("train", "valid", "test"). Raises ValueError or OSError, one sentence each."""
-    vocab_size(tokenizer)
+    vocab_size(tokenizer)  # refuses a bad name before any download
     return {split: load_split(name, split, tokenizer, data_dir) for split in splits}
 
 
@@ -299,9 +299,9 @@ def detokenize(page: str) -> str:
     return page
 
 
-def load_pieces(name: str, split: str, tokenizer: str, data_dir: str, convention: str):
-    """A split as one of the field's conventions reads it: (pieces, words, bytes), pieces a list of token arrays of
-    which the first token each is context only.
+def load_pieces(name: str, split: str, tokenizer: str, data_dir: str, convention: str) -> tuple[list, int, int]:
+    """A split as one of the field's conventions reads it: pieces of tokens, each of which starts with one token that
+    is context and never scored; words; bytes.
 
     tokens: the whole file as it is. hf: its lines as Hugging Face's perplexity guide joins them, which adds newlines.
     lm-eval: a piece per article, de-tokenized, after one end-of-text token; words and bytes are those of the original.
@@ -326,7 +326,7 @@ def load_pieces(name: str, split: str, tokenizer: str, data_dir: str, convention
 
 
 @lru_cache(maxsize=2)
-def epoch_order(windows: int, seed: int, epoch: int) -> np.ndarray:
+def epoch_order(windows: int, seed: int, epoch: int) -> np.ndarray:  # two are kept: a batch may straddle epochs
     return np.random.default_rng([seed, epoch]).permutation(windows)
 
 

@@ -26,7 +26,7 @@ from tqdm import tqdm
 
 from data import CONVENTIONS, DATASETS, SPLITS, Split, get_batch, load_pieces, load_tokenizer, written_whole
 from model import GPT, count_parameters, open_model, pick_device, run_command
-from upscale import amount, count
+from upscale import amount, natural
 
 
 @torch.no_grad()
@@ -73,7 +73,8 @@ def count_usage(model: GPT):
     """Counts what every memory block reads while the context is open; yields {block index: counts}.
 
     counts: top1 and topk (H, N), how often a slot was a head's best, or was read at all; weight (H, N), the summed
-    weights. The usage figures of Lample et al. 2019, section 4, follow from them; see usage().
+    weights. The usage figures of Lample et al. 2019, section 4, follow from them; see usage(). With windows that
+    overlap, what is read twice counts twice.
     """
     config, counts, hooks = model.config, {}, []
 
@@ -90,8 +91,8 @@ def count_usage(model: GPT):
 
     for i, kind in enumerate(config.blocks):
         if kind == "M":
-            counts[i] = {name: torch.zeros(config.n_head, config.n_keys**2) for name in ("top1", "topk", "weight")}
-            counts[i]["weight"] = counts[i]["weight"].double()
+            zero = torch.zeros(config.n_head, config.n_keys**2, dtype=torch.float64)
+            counts[i] = {name: zero.clone() for name in ("top1", "topk", "weight")}
             hooks.append(model.h[i].memory.product_keys.register_forward_hook(hook(i)))
     try:
         yield counts
@@ -144,16 +145,17 @@ def print_report(report: dict) -> None:
     print(f"bits per byte           {report['bits_per_byte']:.4f}   NLL / ln 2 / {report['bytes']:,} bytes")
     print(f"tokens/s                {report['tokens_per_second']:,.0f}   counting of memory reads included")
     print(f"peak memory             {report['peak_memory'] / 2**20:,.0f} MiB")
-    for block, figures in report["usage"].items():
-        print(f"memory in block {block}: {figures['top1']:.1%} of slots ever best, {figures['topk']:.1%} ever read, "
-              f"KL to uniform {figures['kl']:.2f} nats (means over heads)")  # fmt: skip
+    for block, use in report["usage"].items():
+        print(f"memory in block {block + 1}: {use['top1']:.1%} of slots ever best, {use['topk']:.1%} ever read, "
+              f"KL to uniform {use['kl']:.2f} nats (means over heads)")  # fmt: skip
 
 
-def step_seconds(model: GPT, train: Split, s: dict, device: torch.device) -> float:
-    """Seconds one optimizer step will take, roughly, from a trial of one part of its batch."""
+def step_seconds(model: GPT, train: Split, s: dict, ranks: int) -> float:
+    """Seconds one optimizer step will take, roughly, from a trial of the part of its batch that goes at once."""
+    device, part = model.wte.weight.device, s["batch_size"] // (s["grad_accum"] * ranks)
     for _ in range(2):  # a first call is slow; but if it takes long, what was slow about it does not matter
         start = time.perf_counter()
-        x, y = get_batch(train.tokens, 0, s["batch_size"] // s["grad_accum"], s["block_size"], s["seed"])
+        x, y = get_batch(train.tokens, 0, part, s["block_size"], s["seed"])
         with torch.autocast(device.type, dtype=getattr(torch, s["dtype"]), enabled=s["dtype"] != "float32"):
             loss = model(x.to(device), y.to(device))[1]
         loss.backward()
@@ -196,15 +198,15 @@ def main() -> None:
     parser.add_argument("--dataset", choices=DATASETS, help="(default: the checkpoint's own)")
     parser.add_argument("--data_dir", help="folder of the data (default: the checkpoint's own, or ./data)")
     parser.add_argument("--convention", choices=CONVENTIONS, default="tokens", help="how text is read (default tokens)")
-    parser.add_argument("--stride", type=count, help="tokens between windows (default: the window, no overlap)")
+    parser.add_argument("--stride", type=natural, help="tokens between windows (default: the window, no overlap)")
     parser.add_argument("--device", help="cpu, cuda or mps (default: the best there is)")
     parser.add_argument("--json", help="also write the figures to this file")
     sampling = parser.add_argument_group("sampling")
     sampling.add_argument("--prompt", help="continue this text instead of evaluating; may be empty")
-    sampling.add_argument("--max_new_tokens", type=count, default=200, help="tokens to sample (default 200)")
+    sampling.add_argument("--max_new_tokens", type=natural, default=200, help="tokens to sample (default 200)")
     sampling.add_argument("--temperature", type=amount, default=0.8, help="0 takes the likeliest token (default 0.8)")
-    sampling.add_argument("--sample_top_k", type=count, default=50, help="sample among so many tokens (default 50)")
-    sampling.add_argument("--seed", type=lambda t: count(t, 0), default=0, help="(default 0)")
+    sampling.add_argument("--sample_top_k", type=natural, default=50, help="sample among so many tokens (default 50)")
+    sampling.add_argument("--seed", type=lambda t: natural(t, 0), default=0, help="(default 0)")
     args = parser.parse_args()
     if args.stride is not None and args.convention == "lm-eval":
         raise ValueError("--convention lm-eval reads windows without overlap; drop --stride")

@@ -13,13 +13,14 @@ commands share (device, exit status). Not here: dropout, other positions than le
 
 import os
 import sys
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from data import download, file_sha256, vocab_size, written_whole
+from data import download, file_sha256, kept, vocab_size, written_whole
 from hml import HeadwiseMemory
 
 
@@ -48,7 +49,7 @@ class GPTConfig:
         for name in ("n_layer", "n_head", "n_embd", "block_size", "vocab_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
-        if self.n_layer > 1000:  # before a loop over them begins
+        if self.n_layer > 1000:  # a damaged file may say a billion
             raise ValueError(f"n_layer must be at most 1000, not {self.n_layer}")
         if self.n_embd % self.n_head:
             raise ValueError(f"n_embd must be a multiple of n_head; got {self.n_embd} and {self.n_head}")
@@ -80,9 +81,9 @@ class Heads(nn.Module):
             k, v = torch.cat((cache["k"], k), dim=2), torch.cat((cache["v"], v), dim=2)  # (B, H, T so far, d_h)
         if cache is not None:
             cache.update(k=k, v=v)
-        # A single token may look at all before it: no mask. With a cache, one comes at a time after the first call.
         # On CPUs always at least fp32: there the backward is up to three times slower in bf16.
         wide = torch.promote_types(q.dtype, torch.float32) if q.device.type == "cpu" else q.dtype
+        # A single token may look at all before it: no mask. With a cache, one comes at a time after the first call.
         with torch.autocast("cpu", enabled=False):
             y = F.scaled_dot_product_attention(q.to(wide), k.to(wide), v.to(wide), is_causal=q.size(2) > 1)
         return y.to(q.dtype).transpose(1, 2)  # (B, H, T, d_h) -> (B, T, H, d_h)
@@ -134,8 +135,10 @@ class MemoryBlock(nn.Module):
         super().__init__()
         self.ln_1 = nn.LayerNorm(config.n_embd)
         self.attn = Heads(config)
-        shape = config.n_keys, config.top_k, config.d_latent, config.query_norm
-        self.memory = HeadwiseMemory(config.n_head, config.n_embd // config.n_head, *shape)
+        self.memory = HeadwiseMemory(
+            n_head=config.n_head, head_dim=config.n_embd // config.n_head, n_keys=config.n_keys, top_k=config.top_k,
+            d_latent=config.d_latent, query_norm=config.query_norm,
+        )  # fmt: skip
 
     def forward(self, x: Tensor, cache: dict | None = None) -> Tensor:
         return x + self.memory(self.attn(self.ln_1(x), cache))
@@ -222,11 +225,12 @@ class GPT(nn.Module):
 
     @classmethod
     def from_pretrained(cls, name_or_file: str, data_dir: str = "data") -> "GPT":
-        """OpenAI's GPT-2 by name (see PRETRAINED; downloaded once into data_dir), or a file in its layout; the prefix
-        `transformer.`, lm_head and masks do not matter. ValueError for what does not fit, OSError if it cannot come."""
+        """OpenAI's GPT-2 by name (see PRETRAINED; downloaded once into data_dir), or a file in its layout, heads 64
+        wide; the prefix `transformer.`, lm_head and masks do not matter. ValueError for what does not fit, OSError if
+        it cannot come."""
         path = name_or_file
         if path in PRETRAINED:
-            path = os.path.join(data_dir, f"{name_or_file}.bin")
+            path = kept(data_dir, f"{name_or_file}.bin")
             hint = f"A file of your own in that layout can be named instead of {name_or_file}, if it ends in .bin."
             download([GPT2_URL.format(name_or_file)], path, sha256=GPT2_SHA256.get(name_or_file), hint=hint)
         elif not os.path.isfile(path):
@@ -240,7 +244,9 @@ class GPT(nn.Module):
                     state[name] = state[name].T
             (vocab, n_embd), block_size = state["wte.weight"].shape, state["wpe.weight"].size(0)
             n_layer = len({name.split(".")[1] for name in state if name.startswith("h.")})
-            model = cls(GPTConfig(n_layer, n_embd // 64, n_embd, block_size, vocab))  # heads are 64 wide
+            if n_embd % 64:
+                raise ValueError(f"its width, {n_embd}, is no multiple of GPT-2's head width, 64")
+            model = cls(GPTConfig(n_layer, n_embd // 64, n_embd, block_size, vocab))
             model.load_state_dict(state)
         except Exception as error:  # torch.load and load_state_dict raise many kinds
             raise ValueError(f"{path} does not hold GPT-2 weights: {' '.join(str(error).split())[:200]}") from error
@@ -261,7 +267,7 @@ def count_parameters(model: GPT, blocks: tuple[int, ...] | None = None) -> dict[
     return counts
 
 
-# ---- Checkpoints: a torch file followed by the sha256 of all before it (torch.load ignores the extra 32 bytes) -------
+# ---- Checkpoints: a torch file, then the sha256 of it: torch.load would not notice a flipped bit, nor the 32 bytes ---
 
 
 def save_checkpoint(path: str, model: GPT, **info) -> None:
@@ -300,7 +306,9 @@ def open_model(name_or_file: str, data_dir: str = "data") -> tuple[GPT, dict]:
         model, info = GPT.from_pretrained(name_or_file, data_dir), {"tokenizer": "gpt2"}
     else:
         model, info = load_checkpoint(name_or_file)
-    if vocab_size(str(info.get("tokenizer"))) > model.config.vocab_size:
+    if "tokenizer" not in info:
+        raise ValueError(f"{name_or_file} does not say its tokenizer; it was not written by train.py or upscale.py")
+    if vocab_size(info["tokenizer"]) > model.config.vocab_size:
         raise ValueError(f"{name_or_file} has fewer tokens than its tokenizer, {info['tokenizer']}")
     return model, info
 
@@ -325,7 +333,7 @@ def has_bf16(device: torch.device) -> bool:
     return device.type == "cpu" and getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)()
 
 
-def run_command(main) -> None:
+def run_command(main: Callable[[], None]) -> None:
     """Runs a script: bad input ends it with one sentence and status 2, a fault with 1, an interrupt with 130."""
     try:
         main()
@@ -333,7 +341,8 @@ def run_command(main) -> None:
         print(str(error) or "interrupted", file=sys.stderr)
         sys.exit(130)
     except (ValueError, OSError, ArithmeticError, MemoryError, RuntimeError) as error:
-        if isinstance(error, RuntimeError) and "memory" not in str(error):  # torch's name for many faults
+        no_memory = any(words in str(error) for words in ("out of memory", "allocate memory", "enough memory"))
+        if isinstance(error, RuntimeError) and not no_memory:  # torch's name for many faults
             raise
         print(f"error: {' '.join(str(error).split())[:300]}", file=sys.stderr)
         sys.exit(2 if isinstance(error, ValueError) else 1)

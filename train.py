@@ -20,22 +20,21 @@ import signal
 import sys
 import time
 from contextlib import contextmanager, nullcontext
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from data import DATASETS, Split, get_batch, load_dataset, vocab_size, writable
+from data import DATASETS, Split, get_batch, kept, load_dataset, vocab_size
 from eval import perplexity, print_table, row, step_seconds, sum_nll
 from model import GPT, PRETRAINED, GPTConfig, has_bf16, load_checkpoint, open_model, pick_device
 from model import run_command, save_checkpoint
-from upscale import METHODS, add_arguments, amount, count, set_trainable, summary, upscale
+from upscale import MEMORY, METHODS, PLACEMENT, add_arguments, amount, set_trainable, summary, upscale, natural
 
 # ---- Settings: what flags leave open is filled in from the size of the model, and printed ----------------------------
 
-MEMORY = ("n_keys", "top_k", "d_latent", "query_norm")
-PLACEMENT = ("every", "positions", "n_new")
 SHAPE = ("n_layer", "n_head", "n_embd")
 PRESETS = {  # base_*: the run that trains a base from scratch; tokens None: one epoch
     "tiny": dict(n_layer=4, n_head=4, n_embd=128, block_size=64, batch_size=16, grad_accum=1, base_lr=3e-3, lr=2e-3,
@@ -58,22 +57,22 @@ def parse_arguments() -> argparse.Namespace:
     group.add_argument("--train", help="what learns: new (midus, llama-pro), all (else), or blocks, from 1: 2,4,6")
     add_arguments(parser)
     group = parser.add_argument_group("a base from scratch")
-    group.add_argument("--n_layer", type=count, help="transformer blocks")
-    group.add_argument("--n_head", type=count, help="attention heads")
-    group.add_argument("--n_embd", type=count, help="width; a multiple of n_head")
-    group.add_argument("--base_tokens", type=count, help="training tokens of the base, before it is up-scaled")
+    group.add_argument("--n_layer", type=natural, help="transformer blocks")
+    group.add_argument("--n_head", type=natural, help="attention heads")
+    group.add_argument("--n_embd", type=natural, help="width; a multiple of n_head")
+    group.add_argument("--base_tokens", type=natural, help="training tokens of the base, before it is up-scaled")
     group = parser.add_argument_group("training")
-    group.add_argument("--block_size", type=count, help="tokens in a sequence")
-    group.add_argument("--tokens", type=count, help="training tokens of the up-scaled phase, or of the only one")
-    group.add_argument("--batch_size", type=count, help="sequences per optimizer step")
-    group.add_argument("--grad_accum", type=count, help="parts a step's batch is cut in, to save memory")
+    group.add_argument("--block_size", type=natural, help="tokens in a sequence")
+    group.add_argument("--tokens", type=natural, help="training tokens of the up-scaled phase, or of the only one")
+    group.add_argument("--batch_size", type=natural, help="sequences per optimizer step")
+    group.add_argument("--grad_accum", type=natural, help="parts a step's batch is cut in, to save memory")
     group.add_argument("--lr", type=amount, help="peak learning rate")
     group.add_argument("--memory_lr", type=amount, help="peak learning rate of the memory banks")
     group.add_argument("--weight_decay", type=amount, help="of matrices; never of banks (default 0.1)")
     group.add_argument("--warmup", type=amount, help="steps of rising learning rate (default 5%% of the steps)")
-    group.add_argument("--eval_every", type=count, help="steps between validations (default 10%% of the steps)")
-    group.add_argument("--save_every", type=count, help="steps between checkpoints (default 10%% of the steps)")
-    group.add_argument("--seed", type=lambda t: count(t, 0), help="of new weights and the data's order (default 0)")
+    group.add_argument("--eval_every", type=natural, help="steps between validations (default 10%% of the steps)")
+    group.add_argument("--save_every", type=natural, help="steps between checkpoints (default 10%% of the steps)")
+    group.add_argument("--seed", type=lambda t: natural(t, 0), help="of new weights and the data's order (default 0)")
     group = parser.add_argument_group("machine")
     group.add_argument("--device", help="cpu, cuda or mps (default: the best there is)")
     group.add_argument("--dtype", choices=("float32", "bfloat16"), help="of autocast (default: bfloat16 where fast)")
@@ -85,7 +84,7 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def settle(args: argparse.Namespace, device: torch.device, ranks: int) -> tuple[dict, GPT | None]:
+def settle(args: argparse.Namespace, device: torch.device) -> tuple[dict, GPT | None]:
     """Every setting of the run, as plain types, and the base if it was a file.
 
     Nothing long happens here, and whatever can be refused is refused here: ValueError, one sentence.
@@ -93,12 +92,12 @@ def settle(args: argparse.Namespace, device: torch.device, ranks: int) -> tuple[
     given = {name: value for name, value in vars(args).items() if value is not None}
     method = given.get("upscale", "none")
     name = given.get("base", "scratch" if given.get("dataset", "pydocs") == "pydocs" else "gpt2")
-    base, info = open_model(name) if name != "scratch" and name not in PRETRAINED else (None, {})
+    named = {"scratch": {}} | dict.fromkeys(PRETRAINED, {"tokenizer": "gpt2"})
+    base, info = (None, named[name]) if name in named else open_model(name)
     dataset = given.get("dataset", info.get("dataset", "pydocs"))
-    info = {"tokenizer": "gpt2"} if name in PRETRAINED else info
     fixed = base.config if base else PRETRAINED.get(name)
-    width = fixed.n_embd if fixed else 128 if dataset == "pydocs" else 256
-    preset = "tiny" if width <= 128 else "small" if width <= 512 else "gpt2"
+    width = fixed.n_embd if fixed else given.get("n_embd", 128 if dataset == "pydocs" else 256)
+    preset = "tiny" if width <= 128 else "small" if width <= 512 or name == "scratch" else "gpt2"
 
     for names, fits, sentence in (
         ((*SHAPE, "base_tokens"), name == "scratch", f"this run has --base {name}, not scratch"),
@@ -117,16 +116,12 @@ def settle(args: argparse.Namespace, device: torch.device, ranks: int) -> tuple[
         "data_dir": os.path.abspath(given.get("data_dir", info.get("data_dir", "data"))),
     }  # fmt: skip
     if name == "scratch" and method == "none":
-        settings["lr"] = given.get("lr", settings["base_lr"])
+        settings |= {new: given.get(new, settings[f"base_{new}"]) for new in ("lr", "tokens")}
     unused = (() if method == "midus" else MEMORY) + (() if name == "scratch" else (*SHAPE, "base_tokens", "base_lr"))
     settings = {n: value for n, value in settings.items() if n not in unused}
 
     if settings["tokenizer"] != info.get("tokenizer", settings["tokenizer"]):
         raise ValueError(f"--tokenizer {settings['tokenizer']}: the base was trained with {info['tokenizer']}")
-    if settings["batch_size"] % (settings["grad_accum"] * ranks):
-        raise ValueError(f"--grad_accum times {ranks} processes must divide the batch of {settings['batch_size']}")
-    if settings["dtype"] == "bfloat16" and device.type != "cpu" and not has_bf16(device):
-        raise ValueError(f"--dtype bfloat16: {device} does not have it; use --dtype float32")
     config = fixed or scratch_config(settings)
     if settings["block_size"] > config.block_size:
         raise ValueError(f"--block_size {settings['block_size']} is more than the base's {config.block_size} positions")
@@ -183,14 +178,15 @@ def join_ranks(device: torch.device) -> tuple[torch.device, int, int]:
         if device.type == "cuda":
             device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
             torch.cuda.set_device(device)
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        patient = timedelta(hours=3)  # the others wait while rank 0 tokenizes or validates
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=patient)
     if rank > 0:
         sys.stdout = open(os.devnull, "w")
     return device, rank, ranks
 
 
-def first_rank() -> bool:
-    return not dist.is_initialized() or dist.get_rank() == 0
+def rank_of_ranks() -> tuple[int, int]:
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
 
 
 def mean_over_ranks(values: list[float], device: torch.device) -> list[float]:
@@ -228,7 +224,7 @@ def train_step(model, optimizer, batch, device, dtype, grad_accum: int) -> float
     """One optimizer step on inputs and targets (B, T), cut in grad_accum parts; the mean loss before it, in nats."""
     total, parts = 0.0, list(zip(*(half.chunk(grad_accum) for half in batch)))
     for x, y in parts:
-        wait = isinstance(model, DistributedDataParallel) and x is not parts[-1][0]  # ranks meet in the last part
+        wait = hasattr(model, "no_sync") and x is not parts[-1][0]  # ranks meet in the last part
         with model.no_sync() if wait else nullcontext():
             with torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
                 loss = model(x.to(device), y.to(device))[1] / grad_accum
@@ -258,10 +254,10 @@ def fit(model: GPT, data: dict[str, Split], s: dict, state: dict, out: str, devi
     state |= {name: s[name] for name in ("tokenizer", "dataset", "data_dir")} | {"settings": s, "method": s["upscale"]}
     dtype, step_tokens = getattr(torch, s["dtype"]), s["batch_size"] * s["block_size"]
     train, some = data["train"].tokens, data["valid"].tokens[: 64 * s["block_size"] + 1]
-    rank, ranks = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    rank, ranks = rank_of_ranks()
     wrapped = DistributedDataParallel(model) if ranks > 1 else model
     wrapped = torch.compile(wrapped) if s["compile"] else wrapped
-    log_file = os.devnull if rank else f"{os.path.splitext(out)[0]}.jsonl"
+    log_file = os.devnull if rank else f"{out.removesuffix('.pt')}.jsonl"
     bar = tqdm(total=s["steps"], initial=state["step"], unit="step", disable=None if rank == 0 else True)
     with open(log_file, "w") as log, graceful_stop() as stop, bar:
         log.writelines(json.dumps(entry) + "\n" for entry in state["history"])
@@ -303,7 +299,7 @@ def scratch_base(s: dict, data: dict[str, Split], device: torch.device) -> GPT:
     own |= {"tokens": s["base_tokens"], "lr": s["base_lr"], "memory_lr": 0.0}  # it has no banks
     source = os.path.basename(data["train"].tokens.filename)  # its name holds a hash of text and tokenizer
     key = hashlib.sha256(json.dumps([own, source], sort_keys=True).encode()).hexdigest()[:12]
-    path = os.path.join(writable(s["data_dir"]), f"base-{key}.pt")
+    path = kept(s["data_dir"], f"base-{key}.pt")
     if os.path.exists(path):
         model, state = load_checkpoint(path)
         own = state.pop("settings")
@@ -331,7 +327,7 @@ def begin(s: dict, data: dict[str, Split], device: torch.device, base: GPT | Non
     state, model = {"step": 0, "history": [], "rows": [], "seconds": 0.0}, base or GPT(scratch_config(s))
     if s["upscale"] != "none":
         base.to(device).requires_grad_(False)
-        if first_rank():
+        if rank_of_ranks()[0] == 0:
             state["rows"].append(row("base", base, data["valid"]))
         model = deepen(base, s)
         print(summary(base, model))
@@ -342,15 +338,16 @@ def run(s: dict, out: str, data: dict[str, Split], device: torch.device, model: 
     """Trains model from state to the end of the run, and prints what it does before and the table after."""
     label = "training" if s["upscale"] == "none" else s["upscale"]
     set_trainable(model.to(device), s["train"])
-    if first_rank() and state["step"] == 0:
+    rank, ranks = rank_of_ranks()
+    if rank == 0 and state["step"] == 0:
         state["rows"].append(row(f"{label}, start", model, data["valid"]))
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     print(f"training {trained:,} parameters on {device}, {s['dtype']}: {s['tokens']:,} tokens of {s['dataset']} "
           f"({s['tokenizer']}), steps {state['step']} to {s['steps']}, writing {out}")  # fmt: skip
-    minutes = (s["steps"] - state["step"]) * step_seconds(model, data["train"], s, device) / 60
+    minutes = (s["steps"] - state["step"]) * step_seconds(model, data["train"], s, ranks) / 60
     print(f"this will take about {minutes:,.1f} min, validation not counted")
     fit(model, data, s, state, out, device)
-    if first_rank():
+    if rank == 0:
         print_table([*state["rows"], row(f"{label}, end", model, data["valid"], state, s)], data["valid"])
 
 
@@ -373,19 +370,23 @@ def main() -> None:
     else:
         if os.path.exists(args.out) and not args.overwrite:
             raise ValueError(f"{args.out} exists; add --resume to go on with it, --overwrite to replace it, or --out")
-        s, base = settle(args, device, ranks)
+        s, base = settle(args, device)
+    if s["batch_size"] % (s["grad_accum"] * ranks):
+        raise ValueError(f"--grad_accum times {ranks} processes must divide the batch of {s['batch_size']}")
+    if s["dtype"] == "bfloat16" and device.type != "cpu" and not has_bf16(device):
+        raise ValueError(f"--dtype bfloat16: {device} does not have it; use --dtype float32")
     if s["compile"]:
         try:
             torch.compile(torch.sin)(torch.zeros(2, device=device))
         except Exception as error:  # each backend raises a kind of its own
             raise ValueError(f"--compile does not work here, drop it: {str(error).splitlines()[0]}") from None
     print("settings:", ", ".join(f"{name} {value}" for name, value in s.items()))
-    for first in (True, False):  # rank 0 downloads and tokenizes, the others find it done
+    for first in (True, False):  # rank 0 downloads and tokenizes in the first turn, the others find it in the second
         if (rank == 0) == first:
             data = load_dataset(s["dataset"], s["tokenizer"], s["data_dir"], ("train", "valid"))
             if s["base"] in PRETRAINED and not args.resume:
-                base = GPT.from_pretrained(s["base"], writable(s["data_dir"]))
-        mean_over_ranks([], device)
+                base = GPT.from_pretrained(s["base"], s["data_dir"])
+        mean_over_ranks([0.0], device)  # the others wait here for rank 0
     get_batch(data["train"].tokens, 0, s["batch_size"], s["block_size"], 0)  # refuses a split that is too short
     if not args.resume:
         model, state = begin(s, data, device, base)

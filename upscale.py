@@ -19,28 +19,30 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from data import load_tokenizer
 from model import GPT, count_parameters, open_model, pick_device, run_command, save_checkpoint
 
 METHODS = ("midus", "llama-pro", "solar")
+PLACEMENT = ("every", "positions", "n_new")
+MEMORY = ("n_keys", "top_k", "d_latent", "query_norm")
 
 
 # ---- Where the new blocks go -----------------------------------------------------------------------------------------
 
 
 def place(
-    n_layer: int, in_the_middle: bool, every: int = 2, positions: list[int] | None = None, n_new: int | None = None
-) -> list[int]:
-    """Positions (1..n_layer, ascending) for new blocks; explicit ones, or n_new spread evenly, or one in `every`.
+    n_layer: int, in_the_middle: bool, every: int | None = None, positions: list[int] | None = None,
+    n_new: int | None = None,
+) -> list[int]:  # fmt: skip
+    """Positions (1..n_layer, ascending) for new blocks: explicit ones, n_new spread evenly, or one in `every` (2).
 
-    The stack is cut into equal groups and each gets one new block: in its middle (MIDUS: T M T) or at its end
-    (LLaMA Pro: T T C). With `every`, a last group that is not full gets none. Raises ValueError, one sentence.
+    The stack is cut into groups, equal where that can be, and each gets one new block: in its middle (MIDUS: T M T) or
+    at its end (LLaMA Pro: T T C). With `every`, a last group that is not full gets none. Raises ValueError.
 
     >>> place(6, True, every=2), place(6, False, every=2), place(12, True, n_new=5)
     ([1, 3, 5], [2, 4, 6], [1, 3, 6, 8, 11])
     """
-    if positions is not None and n_new is not None:
-        raise ValueError("give either positions or n_new, not both")
+    if sum(given is not None for given in (every, positions, n_new)) > 1:
+        raise ValueError("give one of every, positions and n_new, not several")
     if positions is not None:
         wrong = [p for p in positions if not 1 <= p <= n_layer]
         if wrong or not positions:
@@ -53,6 +55,7 @@ def place(
             raise ValueError(f"n_new must lie between 1 and {n_layer}, the number of blocks; got {n_new}")
         edges = [group * n_layer // n_new for group in range(n_new + 1)]
     else:
+        every = 2 if every is None else every
         if not 1 <= every <= n_layer:
             raise ValueError(f"every must lie between 1 and {n_layer}, the number of blocks; got {every}")
         edges = list(range(0, n_layer + 1, every))
@@ -109,8 +112,9 @@ def silence(block: nn.Module) -> None:
 
 
 def upscale(
-    base: GPT, method: str, every: int = 2, positions: list[int] | None = None, n_new: int | None = None, **memory
-) -> GPT:
+    base: GPT, method: str, every: int | None = None, positions: list[int] | None = None, n_new: int | None = None,
+    **memory,
+) -> GPT:  # fmt: skip
     """A deeper copy of base, on its device; base is left untouched.
 
     method: one of METHODS. Placement: see place(); solar has one seam and takes n_new only (default: half as many
@@ -123,7 +127,7 @@ def upscale(
     if method != "midus" and memory:
         raise ValueError(f"{method} inserts no memory blocks; it takes no {', '.join(memory)}")
     if method == "solar":
-        if positions is not None or every != 2:
+        if positions is not None or every is not None:
             raise ValueError("solar has one seam, in the middle: it takes n_new, not positions or every")
         n_new = max(1, L // 2) if n_new is None else n_new
         if not 1 <= n_new <= L:
@@ -142,12 +146,13 @@ def set_trainable(model: GPT, which: str) -> None:
 
     Raises ValueError if nothing would train, or a block is not there.
     """
-    chosen = model.config.new if which == "new" else ()
-    if which not in ("new", "all"):
+    if which in ("new", "all"):
+        chosen = model.config.new if which == "new" else range(model.config.n_layer)
+    else:
         if not all(p.isdecimal() and 1 <= int(p) <= model.config.n_layer for p in which.split(",")):
             raise ValueError(f"--train is new, all, or blocks from 1 to {model.config.n_layer} (2,4); not {which}")
         chosen = [int(p) - 1 for p in which.split(",")]
-    if which == "new" and not chosen:
+    if not chosen:
         raise ValueError("--train new needs inserted blocks, and this model has none; use --train all")
     model.requires_grad_(which == "all")
     for i in chosen:
@@ -165,12 +170,6 @@ def identity_gap(base: GPT, deeper: GPT, tokens: Tensor, dtype: torch.dtype) -> 
         return (base(tokens.to(device))[0] - deeper(tokens.to(device))[0]).abs().max().item()
 
 
-def sample_tokens(tokenizer: str, length: int) -> Tensor:
-    """Some real tokens (1, length) that need no data set: this file's own first lines, repeated as necessary."""
-    ids = load_tokenizer(tokenizer).encode_ordinary(__doc__)
-    return torch.tensor([(ids * (length // len(ids) + 1))[:length]])
-
-
 def summary(base: GPT, deeper: GPT) -> str:
     """The new stack as a line, the parameters before and added, and the added ones by part."""
     before, added = sum(count_parameters(base).values()), count_parameters(deeper, deeper.config.new)
@@ -180,15 +179,15 @@ def summary(base: GPT, deeper: GPT) -> str:
     return f"stack  {stack}\nnew    {marks}\nbase   {before:,} parameters\nadded  {sum(added.values()):,} ({parts})"
 
 
-def count(text: str, least: int = 1) -> int:
-    """A positive (or, with least=0, not negative) whole number below 2^63 that may be written as 2e6."""
+def natural(text: str, least: int = 1) -> int:
+    """A whole number from least to 2^63 - 1, which may be written as 2e6."""
     try:
-        value = float(text)
+        value = int(text) if text.isdecimal() else float(text)
         if least <= value == int(value) < 2**63:
             return int(value)
     except (ValueError, OverflowError):
         pass
-    raise argparse.ArgumentTypeError(f"{text} is not a {'positive ' * least}whole number")
+    raise argparse.ArgumentTypeError(f"{text} is not a whole number of at least {least}")
 
 
 def amount(text: str) -> float:
@@ -204,12 +203,12 @@ def amount(text: str) -> float:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags of placement and memory, shared with train.py; what is not given stays None."""
     group = parser.add_argument_group("new blocks")
-    group.add_argument("--every", type=count, help="one new block per so many blocks (default 2)")
-    group.add_argument("--positions", type=count, nargs="+", help="new blocks right after these blocks, from 1")
-    group.add_argument("--n_new", type=count, help="number of new blocks, spread evenly")
-    group.add_argument("--n_keys", type=count, help="sub-keys per half; n_keys squared slots")
-    group.add_argument("--top_k", type=count, help="slots read per token and head")
-    group.add_argument("--d_latent", type=count, help="width of a row of the shared bank")
+    group.add_argument("--every", type=natural, help="one new block per so many blocks (default 2)")
+    group.add_argument("--positions", type=natural, nargs="+", help="new blocks right after these blocks, from 1")
+    group.add_argument("--n_new", type=natural, help="number of new blocks, spread evenly")
+    group.add_argument("--n_keys", type=natural, help="sub-keys per half; n_keys squared slots")
+    group.add_argument("--top_k", type=natural, help="slots read per token and head")
+    group.add_argument("--d_latent", type=natural, help="width of a row of the shared bank")
     group.add_argument("--query_norm", action="store_true", default=None, help="normalise queries (not in the paper)")
 
 
@@ -221,20 +220,19 @@ def main() -> None:
     parser.add_argument("--overwrite", action="store_true", help="replace --out if it exists")
     parser.add_argument("--data_dir", default="data", help="where GPT-2's weights are kept (default ./data)")
     parser.add_argument("--device", help="cpu, cuda or mps (default: the best there is)")
-    parser.add_argument("--seed", type=lambda t: count(t, 0), default=0, help="of what starts at random")
+    parser.add_argument("--seed", type=lambda t: natural(t, 0), default=0, help="of what starts at random")
     add_arguments(parser)
     args = parser.parse_args()
     if os.path.exists(args.out) and not args.overwrite:
         raise ValueError(f"{args.out} exists; choose another --out, or add --overwrite")
-    names = ("every", "positions", "n_new", "n_keys", "top_k", "d_latent", "query_norm")
-    options = {name: getattr(args, name) for name in names if getattr(args, name) is not None}
+    options = {n: getattr(args, n) for n in (*PLACEMENT, *MEMORY) if getattr(args, n) is not None}
     device = pick_device(args.device)
     base, info = open_model(args.base, args.data_dir)
     base = base.to(device).eval()
     torch.manual_seed(args.seed)
     deeper = upscale(base, args.method, **options).eval()
     print(f"{args.method} on {args.base}, device {device}\n{summary(base, deeper)}")
-    tokens = sample_tokens(info["tokenizer"], min(256, base.config.block_size))
+    tokens = torch.randint(base.config.vocab_size, (1, min(256, base.config.block_size)))
     for dtype in (torch.float32, torch.bfloat16):
         gap = identity_gap(base, deeper, tokens, dtype)
         print(f"largest difference of logits to the base, {str(dtype).split('.')[1]}: {gap:g}")

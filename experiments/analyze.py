@@ -28,7 +28,7 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 from data import DATASETS, SPLITS, load_dataset, load_tokenizer
 from eval import count_usage, sum_nll, usage
 from model import GPT, count_parameters, open_model, pick_device, run_command
-from upscale import count
+from upscale import natural
 
 
 def memory_blocks(model: GPT) -> list[int]:
@@ -294,7 +294,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="What the memory of a checkpoint does.")
     parser.add_argument("checkpoint", help="checkpoint with memory blocks")
     parser.add_argument("--plot", help="folder for pictures; needs matplotlib")
-    parser.add_argument("--tokens", type=count, default=32768, help="how much of the split is read (default 32768)")
+    parser.add_argument("--tokens", type=natural, default=32768, help="how much of the split is read (default 32768)")
     parser.add_argument("--split", choices=SPLITS, default="valid", help="(default valid)")
     parser.add_argument("--dataset", choices=DATASETS, help="(default: the checkpoint's own)")
     parser.add_argument("--data_dir", help="folder of the data (default: the checkpoint's own)")

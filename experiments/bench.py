@@ -36,7 +36,7 @@ import train
 from data import Split, written_whole
 from model import GPT, PRETRAINED, GPTConfig, MemoryBlock, TransformerBlock, pick_device, run_command
 from train import get_batch, make_optimizer, train_step
-from upscale import count, set_trainable, upscale
+from upscale import natural, set_trainable, upscale
 
 SIZES = ((64, 8), (128, 16), (128, 32))  # (n_keys, top_k)
 C, H, D_V = 768, 12, 64  # GPT-2 124M's width and heads; the latent width of its memory
@@ -504,10 +504,10 @@ def main() -> None:
     parser.add_argument("--tables", nargs="+", choices=TABLES, default=list(TABLES), help="(default: all)")
     parser.add_argument("--device", help="cpu, cuda or mps (default: the best there is)")
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32", help="of autocast")
-    parser.add_argument("--threads", type=count, default=1, help="CPU threads (default 1)")
-    parser.add_argument("--repeats", type=count, default=9, help="repetitions of each measurement (default 9)")
+    parser.add_argument("--threads", type=natural, default=1, help="CPU threads (default 1)")
+    parser.add_argument("--repeats", type=natural, default=9, help="repetitions of each measurement (default 9)")
     parser.add_argument(
-        "--lengths", type=count, nargs="+", default=[128, 512, 2048, 4096], help="T of the table blocks"
+        "--lengths", type=natural, nargs="+", default=[128, 512, 2048, 4096], help="T of the table blocks"
     )
     parser.add_argument("--quick", action="store_true", help="one small case of each table, to see that it runs")
     parser.add_argument("--json", help="also write the tables to this file")

@@ -39,7 +39,7 @@ from data import DATASETS, get_batch, load_dataset
 from eval import count_usage, perplexity, sum_nll, usage
 from model import GPT, has_bf16, open_model, pick_device, run_command
 from train import make_optimizer, schedule, train_step
-from upscale import amount, count, place, set_trainable, upscale
+from upscale import amount, natural, place, set_trainable, upscale
 
 COPIES = {
     "stack": baselines.stack, "stack-top": lambda base, n_new: baselines.stack(base, n_new, on_top=True),
@@ -333,24 +333,24 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Compare ways to deepen a model; resumable.")
     parser.add_argument("--base", required=True, help="checkpoint of train.py, of transformer blocks")
     parser.add_argument("--methods", required=True, help="joined by commas; see the head of this file")
-    parser.add_argument("--seeds", type=count, default=1, help="runs per method, seeds 1, 2, ... (default 1)")
-    parser.add_argument("--tokens", type=count, default=600_000, help="training tokens of each run (default 6e5)")
+    parser.add_argument("--seeds", type=natural, default=1, help="runs per method, seeds 1, 2, ... (default 1)")
+    parser.add_argument("--tokens", type=natural, default=600_000, help="training tokens of each run (default 6e5)")
     parser.add_argument("--lrs", default="1e-3,2e-3,4e-3", help="rates to choose from; one alone is just taken")
     parser.add_argument("--memory_lr", type=amount, default=1e-2, help="of memory banks (default 1e-2)")
     parser.add_argument("--weight_decay", type=amount, default=0.1, help="(default 0.1)")
     parser.add_argument("--train", choices=("new", "all"), default="new", help="what trains (default new)")
-    parser.add_argument("--n_new", type=count, help="new blocks (default: half as many as the base has)")
-    parser.add_argument("--n_keys", type=count, default=32, help="(default 32)")
-    parser.add_argument("--top_k", type=count, default=8, help="(default 8)")
-    parser.add_argument("--d_latent", type=count, default=64, help="(default 64)")
-    parser.add_argument("--batch_size", type=count, default=16, help="sequences per step (default 16)")
-    parser.add_argument("--grad_accum", type=count, default=1, help="parts a step's batch is cut in (default 1)")
+    parser.add_argument("--n_new", type=natural, help="new blocks (default: half as many as the base has)")
+    parser.add_argument("--n_keys", type=natural, default=32, help="(default 32)")
+    parser.add_argument("--top_k", type=natural, default=8, help="(default 8)")
+    parser.add_argument("--d_latent", type=natural, default=64, help="(default 64)")
+    parser.add_argument("--batch_size", type=natural, default=16, help="sequences per step (default 16)")
+    parser.add_argument("--grad_accum", type=natural, default=1, help="parts a step's batch is cut in (default 1)")
     parser.add_argument("--screen", action="store_true", help="do without the test split; the table ends at validation")
-    parser.add_argument("--valid_tokens", type=count, default=100_000, help="of the validation split (default 1e5)")
+    parser.add_argument("--valid_tokens", type=natural, default=100_000, help="of the validation split (default 1e5)")
     parser.add_argument("--dataset", choices=DATASETS, help="(default: the base's own)")
     parser.add_argument("--data_dir", help="folder of the data (default: the base's own)")
     parser.add_argument("--device", help="cpu, cuda or mps (default: the best there is)")
-    parser.add_argument("--jobs", type=count, help="runs at a time (default: a CPU's cores, else 1)")
+    parser.add_argument("--jobs", type=natural, help="runs at a time (default: a CPU's cores, else 1)")
     parser.add_argument("--results", default="results.jsonl", help="finished runs (default results.jsonl)")
     parser.add_argument("--plot", help="draw the table to this file (.svg, .png); needs matplotlib")
     args = parser.parse_args()

@@ -32,7 +32,7 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 from data import load_tokenizer, written_whole
 from eval import sum_nll
 from model import GPT, open_model, pick_device, run_command
-from upscale import count
+from upscale import natural
 
 
 class Adapter(TemplateLM):
@@ -100,9 +100,9 @@ def main() -> None:
     parser.add_argument("checkpoint", help="checkpoint, GPT-2 .bin file, or gpt2, gpt2-medium, gpt2-large, gpt2-xl")
     parser.add_argument("--tasks", required=True, help="the harness's names of tasks, joined by commas")
     parser.add_argument("--include_path", help="folder with tasks of your own")
-    parser.add_argument("--limit", type=count, help="only so many questions of each task, to try things")
+    parser.add_argument("--limit", type=natural, help="only so many questions of each task, to try things")
     parser.add_argument("--num_fewshot", type=int, help="examples in the prompt (default: the task's own)")
-    parser.add_argument("--batch_size", type=count, default=16, help="(default 16)")
+    parser.add_argument("--batch_size", type=natural, default=16, help="(default 16)")
     parser.add_argument("--data_dir", default="data", help="where GPT-2's weights are kept (default ./data)")
     parser.add_argument("--device", help="cpu, cuda or mps (default: the best there is)")
     parser.add_argument("--json", help="also write the figures to this file")

@@ -154,7 +154,7 @@ def test_missing_vocabulary_names_the_variable(monkeypatch):
         raise ConnectionError("no route")
 
     monkeypatch.setattr(tiktoken, "get_encoding", fail)
-    with pytest.raises(OSError, match="Set TIKTOKEN_CACHE_DIR"):
+    with pytest.raises(OSError, match="set TIKTOKEN_CACHE_DIR"):
         load_tokenizer("gpt2")
 
 
@@ -240,6 +240,16 @@ def test_detokenization_is_that_of_the_harness(wikitext2):
     task = pytest.importorskip("lm_eval.tasks.wikitext.preprocess_wikitext")
     text = (wikitext2 / "wiki.test.tokens").read_text(encoding="utf-8")
     assert detokenize(text) == task.wikitext_detokenizer({"page": text})
+
+
+def test_files_in_a_read_only_folder_are_found_and_new_ones_go_elsewhere(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "theirs").mkdir()
+    (tmp_path / "theirs" / "old").write_text("")
+    (tmp_path / "theirs").chmod(0o555)
+    assert data.kept("theirs", "old") == os.path.join("theirs", "old")
+    assert data.kept("theirs", "new") == os.path.join("data", "new") and os.path.isdir("data")
+    assert data.kept("mine", "new") == os.path.join("mine", "new") and os.path.isdir("mine")
 
 
 def test_pydocs(pydocs, tmp_path):

@@ -174,7 +174,7 @@ def test_what_is_wrong_with_a_checkpoint_is_said(tmp_path):
         with pytest.raises(ValueError, match=f"does not hold a nanoMIDUS model.*{reason}"):
             load_checkpoint(sealed(tmp_path / "b.pt", content))
             print(what)
-    for about, reason in (({}, "tokenizer must be gpt2"), ({"tokenizer": "words"}, "tokenizer must be gpt2"),
+    for about, reason in (({}, "does not say its tokenizer"), ({"tokenizer": "words"}, "tokenizer must be gpt2"),
                           ({"tokenizer": "bytes"}, "fewer tokens than its tokenizer, bytes")):  # fmt: skip
         save_checkpoint(str(tmp_path / "d.pt"), GPT(SMALL), **about)
         with pytest.raises(ValueError, match=reason):

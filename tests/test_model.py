@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from model import GPT, GPTConfig, MemoryBlock, count_parameters, load_checkpoint, open_model, pick_device
-from model import save_checkpoint
+from model import run_command, save_checkpoint
 
 CONFIG = GPTConfig(6, 2, 16, block_size=12, vocab_size=50, blocks="TMTTMT", n_keys=6, top_k=3, d_latent=4, new=(1, 4))
 
@@ -146,6 +146,9 @@ def test_gpt2_refuses(tmp_path):
             other.write_bytes(content)
         with pytest.raises(ValueError, match="does not hold GPT-2 weights"):
             GPT.from_pretrained(str(other))
+    torch.save(openai_layout(GPT(GPTConfig(1, 2, 96, 8, 40)), False), other)
+    with pytest.raises(ValueError, match="no multiple of GPT-2's head width, 64"):
+        GPT.from_pretrained(str(other))
 
 
 # Generation
@@ -232,3 +235,19 @@ def test_a_failed_save_leaves_the_old_checkpoint(model, tmp_path, monkeypatch):
 def test_unavailable_device_is_refused():
     with pytest.raises(ValueError, match="device tpu is not available here; choose from .*cpu"):
         pick_device("tpu")
+
+
+def test_faults_end_in_a_sentence_and_bugs_in_a_traceback(capsys):
+    def raises(error):
+        def main():
+            raise error
+
+        return main
+
+    for error, status in ((ValueError("x"), 2), (OSError("x"), 1), (KeyboardInterrupt(), 130),
+                          (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate"), 1)):  # fmt: skip
+        with pytest.raises(SystemExit) as end:
+            run_command(raises(error))
+        assert end.value.code == status and len(capsys.readouterr().err.splitlines()) == 1
+    with pytest.raises(RuntimeError):
+        run_command(raises(RuntimeError("size mismatch for h.1.memory.hive.bank")))
