@@ -63,10 +63,10 @@ def candidate_pairs(k: int, device: torch.device) -> tuple[Tensor, Tensor]:
 
 def topk_indices(scores: Tensor, k: int) -> Tensor:
     """scores (..., n) -> indices (..., k) of the k largest, best first: scores.topk(k).indices, but for ties."""
-    small = scores.device.type == "cpu" and scores.dtype == torch.float32 and scores.size(-1) <= 256
-    if torch.compiler.is_compiling() or not small:
-        return scores.topk(k, dim=-1).indices
     # On CPUs topk would be half of the layer's time; numpy's sort takes a third of that, up to n = 256 or so.
+    numpy_is_faster = scores.device.type == "cpu" and scores.dtype == torch.float32 and scores.size(-1) <= 256
+    if torch.compiler.is_compiling() or not numpy_is_faster:
+        return scores.topk(k, dim=-1).indices
     order = np.argsort(scores.detach().numpy(), axis=-1)  # (..., n), worst first
     return torch.from_numpy(order[..., -k:]).flip(-1)
 
@@ -89,6 +89,7 @@ def product_key_topk(row_scores: Tensor, col_scores: Tensor, k: int) -> tuple[Te
     if not 1 <= k <= n:
         raise ValueError(f"top_k must lie between 1 and the number of keys per half, {n}; got {k}")
 
+    # In brackets at the ends of lines: the example above.
     with torch.no_grad():  # which slots are best has no gradient, only their scores have: gathered below
         best_rows, best_cols = topk_indices(row_scores, k), topk_indices(col_scores, k)  # both (..., k): [1, 0], [0, 2]
         i, j = (rank.expand(*best_rows.shape[:-1], -1) for rank in candidate_pairs(k, row_scores.device))  # (..., P)
@@ -164,8 +165,8 @@ class HIVE(nn.Module):
 
 
 class FastPool(torch.autograd.Function):
-    """The pool of R = B*T*H look-ups, weights and slots (R, k), bank (N, d_v) -> z (R, d_v), with a backward that is
-    faster on CPUs; nothing but speed would be lost without it."""
+    """The pool of R = B*T*H look-ups, weights and slots (R, k), bank (N, d_v) -> z (R, d_v), with a backward of our own
+    for CPUs. Nothing but a part of the layer's speed in training would be lost without it."""
 
     @staticmethod
     def forward(ctx, weights: Tensor, slots: Tensor, bank: Tensor) -> Tensor:
@@ -202,8 +203,8 @@ class HeadwiseMemory(nn.Module):
 
     With the bank at zero the layer returns exact zeros, so a model it is inserted into starts as the very same function
     (reports of the paper say so). All that reaches the output through the bank alone, attention too, has gradient zero
-    until the bank has moved. Were proj zero as well, neither would ever move; were proj zero instead, an entry would be
-    noise when first read, where a zero entry says nothing until it has learned something.
+    until the bank has moved. With proj at zero as well, neither would ever move. With proj at zero instead, an entry
+    would be random noise when it is first used; a zero entry says nothing until it has been trained.
     """
 
     def __init__(self, n_head: int, head_dim: int, n_keys: int, top_k: int, d_latent: int, query_norm: bool = False):

@@ -6,6 +6,7 @@ GPT-2, with two kinds of blocks: transformer blocks (T) and memory blocks (M).
 
 A config's `blocks` string says what stands where: "TMTTMT" is T M T T M T from bottom to top. Parameters carry
 GPT-2's names (wte, wpe, h.N.attn.c_attn, ...), so that published weights map by name. Shape names: see hml.py.
+[report]: known from accounts of the paper, not from its text; [choice]: ours, where nothing is known.
 
 In order: GPTConfig, attention, the two blocks, GPT (forward, generate, published weights), checkpoints, and what all
 commands share (device, exit status). Not here: dropout, other positions than learned ones, other norms.

@@ -26,12 +26,13 @@ from tqdm import tqdm
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 from data import DATASETS, SPLITS, load_dataset, load_tokenizer
-from eval import count_usage, sum_nll, usage
-from model import GPT, count_parameters, open_model, pick_device, run_command
+from eval import count_usage, usage
+from model import GPT, count_parameters, load_checkpoint, pick_device, run_command
 from upscale import natural
 
 
 def memory_blocks(model: GPT) -> list[int]:
+    """The indices, from 0, of the model's memory blocks; tables count blocks from 1, as --positions and --train do."""
     return [i for i, kind in enumerate(model.config.blocks) if kind == "M"]
 
 
@@ -71,15 +72,16 @@ def usage_table(model: GPT, tokens: np.ndarray) -> list[dict]:
             entropies.setdefault(i, []).append(torch.special.entr(reads[0]).sum(dim=-1).flatten(0, 1))  # (B*T, H)
 
         hooks.append(model.h[i].memory.product_keys.register_forward_hook(add))
-    with hooked(hooks), count_usage(model) as counts:
-        sum_nll(model, tokens, desc="usage")
+    with torch.no_grad(), hooked(hooks), count_usage(model) as counts:
+        for x, _ in tqdm(windows(model, tokens), desc="usage", disable=None):
+            model(x)
     rows = []
     for i, c in counts.items():
         entropy = torch.cat(entropies[i]).mean(dim=0)  # (H,)
         for head in range(model.config.n_head):
             figures = usage({name: part[head : head + 1] for name, part in c.items()})
             held = {f"{share:.0%}": slots_holding(c["weight"][head], share) for share in (0.5, 0.9, 0.99)}
-            rows.append({"block": i, "head": head, **figures, **held, "entropy": entropy[head].item()})
+            rows.append({"block": i + 1, "head": head, **figures, **held, "entropy": entropy[head].item()})
     return rows
 
 
@@ -246,7 +248,8 @@ def busiest_slots(model: GPT, tokens: np.ndarray, block: int, head: int, slots: 
 
 def cost(model: GPT) -> list[dict]:
     """For each kind of block: parameters stored, and parameters read to compute one token. A transformer block reads
-    all it has; a memory block reads k entries of the bank per head, and everything else."""
+    all it has; a memory block reads k entries of the bank per head (heads may share some, which is not counted), and
+    everything else."""
     rows, config = [], model.config
     for kind in sorted(set(config.blocks)):
         i = config.blocks.index(kind)
@@ -254,7 +257,7 @@ def cost(model: GPT) -> list[dict]:
         read = stored
         if kind == "M":
             bank = model.h[i].memory.hive.bank
-            read += config.n_head * config.top_k * bank.size(1) - bank.numel()
+            read += min(config.n_head * config.top_k, len(bank)) * bank.size(1) - bank.numel()
         rows.append({"block": {"T": "transformer", "M": "memory"}[kind], "stored": stored, "read": read})
     return rows
 
@@ -270,7 +273,17 @@ def print_table(title: str, rows: list[dict]) -> None:
         print(f"| {' | '.join(cells)} |")
 
 
+def need_matplotlib() -> None:
+    """Refuses --plot where matplotlib is missing; pictures go to files, not to a screen."""
+    try:
+        import matplotlib
+    except ImportError:
+        raise ValueError("--plot needs matplotlib: pip install matplotlib") from None
+    matplotlib.use("Agg")
+
+
 def heat_map(values: Tensor, labels: list[str], title: str, path: str) -> None:
+    """Draws values (rows, heads) to a file."""
     from matplotlib import pyplot
 
     figure, axis = pyplot.subplots(figsize=(1.5 + 0.5 * values.size(1), 1 + 0.35 * values.size(0)))
@@ -301,14 +314,10 @@ def main() -> None:
     parser.add_argument("--device", help="cpu, cuda or mps (default: the best there is)")
     args = parser.parse_args()
     if args.plot:
-        try:
-            import matplotlib
-        except ImportError:
-            raise ValueError("--plot needs matplotlib: pip install matplotlib") from None
-        matplotlib.use("Agg")
+        need_matplotlib()
         os.makedirs(args.plot, exist_ok=True)
     device = pick_device(args.device)
-    model, info = open_model(args.checkpoint)
+    model, info = load_checkpoint(args.checkpoint)
     blocks = memory_blocks(model)
     if not blocks:
         raise ValueError(f"{args.checkpoint} has no memory blocks to look into")
@@ -318,12 +327,13 @@ def main() -> None:
     if len(tokens) <= model.config.block_size:
         raise ValueError(f"--tokens, and the split, must be at least a window, {model.config.block_size} tokens")
     stack = " ".join(model.config.blocks)
-    print(f"{args.checkpoint}: {stack}, {name} {args.split}, {len(tokens) - 1:,} tokens, on {device}")
+    read = (len(tokens) - 1) // model.config.block_size * model.config.block_size
+    print(f"{args.checkpoint}: {stack}, {name} {args.split}, {read:,} tokens, on {device}")
 
     rows = usage_table(model, tokens)
     print_table(f"Usage of {model.config.n_keys**2:,} slots, k={model.config.top_k}", rows)
     silenced, gradient = head_importance(model, tokens)
-    labels = [f"{i} {kind}" for i, kind in enumerate(model.config.blocks)]
+    labels = [f"{i} {kind}" for i, kind in enumerate(model.config.blocks, 1)]
     for title, values in (("Rise in loss when a head is silenced, nats", silenced), ("Gradient form, nats", gradient)):
         print_table(title, [{"block": label, **{str(h): v.item() for h, v in enumerate(row)}}
                             for label, row in zip(labels, values)])  # fmt: skip
@@ -338,7 +348,7 @@ def main() -> None:
         for row in busiest_slots(model, tokens, i, head):
             common = ", ".join(f"`{readable(tokenizer, [t])}` {share:.0%}" for t, share in row["tokens"])
             places = (readable(tokenizer, tokens[max(0, p - 6) : p + 1]) for p in row["places"][:2])
-            held.append({"block": i, "head": head, "slot": row["slot"], "share": row["share"], "tokens": common,
+            held.append({"block": i + 1, "head": head, "slot": row["slot"], "share": row["share"], "tokens": common,
                          "strongest reads end": "; ".join(f"`{place}`" for place in places)})  # fmt: skip
     print_table("The busiest slots of each block's most important head, and who reads them", held)
     print_table("Parameters of a block, stored and read per token", cost(model))
@@ -347,8 +357,8 @@ def main() -> None:
             title = f"rise in loss when a head of {kind} is silenced (nats)"
             heat_map(silenced[chosen], [labels[i] for i in chosen], title, os.path.join(args.plot, f"{kind}.png"))
         for figure, title in (("top1", "share of slots ever best"), ("entropy", "entropy of a read's weights (nats)")):
-            values = torch.tensor([[r[figure] for r in rows if r["block"] == i] for i in blocks])
-            heat_map(values, [f"{i} M" for i in blocks], title, os.path.join(args.plot, f"{figure}.png"))
+            values = torch.tensor([[r[figure] for r in rows if r["block"] == i + 1] for i in blocks])
+            heat_map(values, [f"{i + 1} M" for i in blocks], title, os.path.join(args.plot, f"{figure}.png"))
         print(f"\nwrote memory.png, attention.png, top1.png and entropy.png to {args.plot}")
 
 

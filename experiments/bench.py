@@ -66,7 +66,7 @@ class Bench:
 
     def sync(self) -> None:
         if self.device.type == "cuda":
-            torch.cuda.synchronize()
+            torch.cuda.synchronize(self.device)
 
     def turns(self, functions: dict) -> dict[str, list[float]]:
         """Seconds of each function, called in turn `repeats` times after one warm-up."""
@@ -82,10 +82,10 @@ class Bench:
         """MiB by which one call raises the peak above what is held before; nan where the system does not tell."""
         gc.collect()
         if self.device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats()
-            before = torch.cuda.memory_allocated()
+            torch.cuda.reset_peak_memory_stats(self.device)
+            before = torch.cuda.memory_allocated(self.device)
             self.run(function)
-            return (torch.cuda.max_memory_allocated() - before) / 2**20
+            return (torch.cuda.max_memory_allocated(self.device) - before) / 2**20
         try:
             ctypes.CDLL("libc.so.6").malloc_trim(0)  # hands freed memory back, so that its reuse is seen
             with open("/proc/self/clear_refs", "w") as file:
@@ -112,13 +112,9 @@ def ratio(a: list[float], b: list[float]) -> dict:
 def show(value) -> str:
     if isinstance(value, dict):
         return f"{value['median']:.2f} [{value['min']:.2f}, {value['max']:.2f}]"
-    return (
-        f"{value:,.3g}"
-        if isinstance(value, float) and abs(value) < 100
-        else f"{value:,.0f}"
-        if isinstance(value, float)
-        else str(value)
-    )
+    if isinstance(value, float):
+        return f"{value:,.3g}" if abs(value) < 100 else f"{value:,.0f}"
+    return str(value)
 
 
 def table(title: str, rows: list[dict]) -> dict:
@@ -304,7 +300,7 @@ def whole(b: Bench, quick: bool) -> list[dict]:
         model = models[name] = upscale(base, method, **memory) if method != "none" else base
         set_trainable(model, which)
         optimizer, batch = make_optimizer(model, 1e-3, 1e-2, 0.1), get_batch(text, 0, B, T, 0)
-        functions[name] = lambda m=model, o=optimizer, x=batch: train_step(m, o, x, b.device, torch.float32, 1)
+        functions[name] = lambda m=model, o=optimizer, x=batch: train_step(m, o, x, b.device, b.dtype, 1)
     times = b.turns(functions)
     rows = []
     for name, t in times.items():
@@ -323,7 +319,7 @@ def whole(b: Bench, quick: bool) -> list[dict]:
         for _ in range(new):
             out = torch.cat((out, model(out)[0][:, -1:].argmax(-1)), 1)
 
-    rows, twice = [], Bench(b.device, torch.float32, torch.get_num_threads(), 2)  # the slow one takes half a minute
+    rows, twice = [], Bench(b.device, b.dtype, torch.get_num_threads(), 2)  # the slow one takes half a minute
     for name in ("none, all", "midus, new"):
         model = models[name]
         cached = lambda m=model: m.generate(tokens, new, temperature=0)  # noqa: E731
@@ -346,7 +342,7 @@ def overhead(b: Bench, quick: bool) -> list[dict]:
         optimizer = make_optimizer(model, 1e-3, 1e-2, 0.1)
         text = np.random.default_rng(0).integers(0, 4097, 100_000).astype(np.uint16)
         settings = dict(lr=1e-3, memory_lr=1e-2, weight_decay=0.1, batch_size=B, block_size=T, grad_accum=1, seed=0,
-                        dtype="float32", compile=False, steps=steps, warmup=1, eval_every=10**9,
+                        dtype=str(b.dtype).split(".")[1], compile=False, steps=steps, warmup=1, eval_every=10**9,
                         save_every=10**9, tokenizer="bytes", dataset="none", data_dir="", upscale="midus")  # fmt: skip
         x, y = get_batch(text, 0, B, T, 0)
 
@@ -367,9 +363,7 @@ def overhead(b: Bench, quick: bool) -> list[dict]:
                 finally:
                     train.save_checkpoint = saved
 
-        t = Bench(b.device, torch.float32, torch.get_num_threads(), 2 if quick else 5).turns(
-            {"core": core, "loop": loop}
-        )
+        t = Bench(b.device, b.dtype, torch.get_num_threads(), 2 if quick else 5).turns({"core": core, "loop": loop})
         rows.append({"model": label, "loop / (forward + backward + optimizer)": ratio(t["loop"], t["core"])})
     return [table("train.py's loop against its three necessary parts", rows)]
 
@@ -513,6 +507,8 @@ def main() -> None:
     parser.add_argument("--json", help="also write the tables to this file")
     args = parser.parse_args()
     device = pick_device(args.device)
+    if not os.path.isdir(os.path.dirname(args.json or "") or "."):
+        raise ValueError(f"--json {args.json}: there is no such folder")
     b = Bench(device, getattr(torch, args.dtype), args.threads, 2 if args.quick else args.repeats, args.lengths)
     machine = f"{platform.machine()}, {os.cpu_count()} cores, {device}"
     if device.type == "cuda":

@@ -7,12 +7,14 @@ Which way to deepen a model is worth most? Every method on one base, with the sa
 
 A method is `none`, one of upscale.py (midus, llama-pro, solar), of baselines.py (stack, stack-top, average, opt-deus,
 lesa), or of ablations.py (residual, proj-copied, pkm, ...); after a colon options of its own, joined by commas in a
-shell's quotes and told apart by `=`: midus:n_keys=64,top_k=16,n_new=2,positions=1+3,memory_lr=3e-2,tokens=1e6.
-`none` inserts nothing and trains the blocks that llama-pro would have copied.
+shell's quotes and told apart by `=`: midus:n_keys=64,top_k=16,positions=1+3,memory_lr=3e-2,tokens=1e6 (or n_new=2).
+`none` inserts nothing and trains the blocks that llama-pro would have copied. solar, stack, average and lesa were
+published with every block trained: see --train all.
 
 The learning rate of each method is chosen among --lrs on seed 0 by the validation split; figures are of the seeds from
-1 on, whose test split is read once, at the end. A run that is in the results file (same base, configuration and seed)
-is not run again. Runs go --jobs at a time, each in a process with its share of the threads. Shape names: see hml.py.
+1 on, whose test split is read once, at the end. A run that is in the results file (same base, text, configuration and
+seed) is not run again; what a method's code does is not part of that, so after changing one, delete its lines. Runs go
+--jobs at a time, each in a process with its share of the threads. Shape names: see hml.py.
 """
 
 import argparse
@@ -25,6 +27,7 @@ import statistics
 import sys
 import time
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import asdict
 
 import numpy as np
@@ -34,6 +37,7 @@ from tqdm import tqdm
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 import baselines
 from ablations import VARIANTS, stacked
+from analyze import need_matplotlib
 from bench import Bench
 from data import DATASETS, get_batch, load_dataset
 from eval import count_usage, perplexity, sum_nll, usage
@@ -58,7 +62,9 @@ def parse(text: str) -> list[tuple[str, dict]]:
     """"midus:n_keys=64,top_k=8,solar" -> [("midus", {"n_keys": 64, "top_k": 8}), ("solar", {})]. ValueError if not."""
     methods = []
     for part in text.split(","):
-        head, _, option = part.partition(":") if "=" not in part.partition(":")[0] else ("", "", part)
+        head, colon, option = part.partition(":")
+        if "=" in head and not colon:  # one more option of the method before
+            head, option = "", part
         if head:
             if head not in METHODS:
                 raise ValueError(f"--methods: {head} is none of {', '.join(METHODS)}")
@@ -71,11 +77,10 @@ def parse(text: str) -> list[tuple[str, dict]]:
             if name not in takes:
                 raise ValueError(f"--methods: cannot read {part!r}; {method or 'a method'} takes {', '.join(takes)}")
             try:
-                numbers = [float(number) for number in value.split("+")] if name == "positions" else [float(value)]
-                if name != "memory_lr":
-                    numbers = [{n: int(n)}[int(n)] for n in numbers]  # a KeyError unless whole
-            except (ValueError, KeyError, OverflowError):
-                raise ValueError(f"--methods: {part!r} needs a whole number (memory_lr: any)") from None
+                kind = amount if name == "memory_lr" else natural
+                numbers = [kind(number) for number in (value.split("+") if name == "positions" else [value])]
+            except argparse.ArgumentTypeError as error:
+                raise ValueError(f"--methods: {part!r}: {error}") from None
             methods[-1][1][name] = numbers if name == "positions" else numbers[0]
     return methods
 
@@ -83,7 +88,7 @@ def parse(text: str) -> list[tuple[str, dict]]:
 def build(base: GPT, method: str, options: dict, n_new: int, memory: dict) -> tuple[GPT, str]:
     """The deeper model, and what of it trains when only new blocks do. n_new and memory: what options leave open.
     Raises ValueError for what cannot be."""
-    where = {"positions": options["positions"]} if "positions" in options else {"n_new": options.get("n_new", n_new)}
+    where = {name: options[name] for name in ("positions", "n_new") if name in options} or {"n_new": n_new}
     n_new, memory = options.get("n_new", n_new), {name: options.get(name, memory.get(name)) for name in SHAPE}
     memory = {name: value for name, value in memory.items() if value is not None}
     if method == "none":
@@ -94,6 +99,8 @@ def build(base: GPT, method: str, options: dict, n_new: int, memory: dict) -> tu
         return COPIES[method](base, n_new), "new"
     if method == "stacked":
         return stacked(base, n_new, **memory), "new"
+    if method not in HAVE_MEMORY:
+        raise ValueError(f"{method} is none of {', '.join(METHODS)}")
     model = upscale(base, "midus", **where, **memory)
     if method in VARIANTS:
         VARIANTS[method](model)
@@ -182,10 +189,12 @@ def run(job: dict) -> dict:
         pass
     edges = [i * steps // 20 for i in range(21)] if steps >= 20 else range(steps + 1)
     result["losses"] = [round(statistics.mean(losses[a:b]), 4) for a, b in zip(edges, edges[1:]) if losses[a:b]]
-    return {**config, **result, "looks": looks, "python": sys.version.split()[0], "torch": torch.__version__}
+    versions = {"threads": threads, "python": sys.version.split()[0], "torch": torch.__version__}
+    return {**config, **result, "looks": looks, **versions}
 
 
 def is_new(name: str, new: tuple) -> bool:
+    """Whether a parameter of this name belongs to a block listed in config.new."""
     return name.startswith("h.") and int(name.split(".")[1]) in new
 
 
@@ -193,40 +202,63 @@ def is_new(name: str, new: tuple) -> bool:
 
 
 def read_results(path: str) -> list[dict]:
-    """The finished runs. What a fault left of a last line is cut off, so that the next can be appended."""
+    """The finished runs. What a fault left of a last line is cut off, so that the next can be appended. Raises
+    ValueError, and changes nothing, if the file is something else."""
     if not os.path.exists(path):
         return []
     with open(path, "rb+") as file:
         text = file.read()
         end = text.rfind(b"\n") + 1
+        try:
+            done = [json.loads(line) for line in text[:end].splitlines()]
+            assert text.startswith(b"{") and all({"name", "lr", "seed", "valid"} <= run.keys() for run in done)
+        except (ValueError, AttributeError, AssertionError):
+            raise ValueError(f"{path} is not a results file of this script; name another with --results") from None
         file.truncate(end)
-    return [json.loads(line) for line in text[:end].splitlines()]
+    return done
+
+
+def find(config: dict, done: list[dict]) -> dict | None:
+    """The finished run of this configuration."""
+    return next((r for r in done if all(r.get(name) == value for name, value in config.items())), None)
 
 
 def run_apart(job: dict) -> dict:
     """run() in a fresh process, so that none inherits another's memory or random numbers."""
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
-        return process.submit(run, job).result()
+        try:
+            return process.submit(run, job).result()
+        except BrokenProcessPool:
+            raise MemoryError(f"a run of {job['config']['name']} was killed; if memory ran out, --jobs 1") from None
 
 
 def run_all(configs: list[dict], args: argparse.Namespace, done: list[dict]) -> None:
-    """Runs what is not in done, appends each result to done and, as it comes, to the results file."""
-    todo = [c for c in configs if not any(all(r.get(name) == value for name, value in c.items()) for r in done)]
+    """Runs what is not in done, appends each result to done and, as it comes, to the results file. If a run fails, the
+    others are still made; its error is raised at the end."""
+    todo = [c for c in configs if not find(c, done)]
     if not todo:
         return
     shared = {name: getattr(args, name) for name in ("base", "data_dir", "device")}
     threads = max(1, (os.cpu_count() or 1) // args.jobs)
     jobs = [{"config": c, "threads": threads, "show": args.jobs == 1, **shared} for c in todo]
-    bar = tqdm(total=len(jobs), unit="run", disable=None)
-    with bar, ThreadPoolExecutor(args.jobs) as pool:
-        for future in as_completed([pool.submit(run_apart, job) for job in jobs]):
-            done.append(result := future.result())
-            with open(args.results, "a") as file:
-                file.write(json.dumps(result) + "\n")
-            bar.update()
-            valid = "diverged" if result["valid"] is None else f"{result['valid']:.2f}"
-            tqdm.write(f"{result['name']}  {result['train']}  lr {result['lr']:g}  seed {result['seed']}  "
-                       f"validation {valid}")  # fmt: skip
+    failed = None
+    with tqdm(total=len(jobs), unit="run", disable=None) as bar, ThreadPoolExecutor(args.jobs) as pool:
+        try:
+            for future in as_completed([pool.submit(run_apart, job) for job in jobs]):
+                failed = failed or future.exception()
+                if not future.exception():
+                    done.append(result := future.result())
+                    with open(args.results, "a") as file:
+                        file.write(json.dumps(result) + "\n")
+                    valid = "diverged" if result["valid"] is None else f"{result['valid']:.2f}"
+                    tqdm.write(f"{result['name']}  {result['train']}  lr {result['lr']:g}  seed {result['seed']}  "
+                               f"validation {valid}")  # fmt: skip
+                bar.update()
+        except KeyboardInterrupt:
+            pool.shutdown(cancel_futures=True)
+            raise
+    if failed:
+        raise failed
 
 
 def best_lr(config: dict, lrs: list[float], done: list[dict]) -> float | None:
@@ -234,7 +266,7 @@ def best_lr(config: dict, lrs: list[float], done: list[dict]) -> float | None:
     tried = {}
     for lr in lrs:
         grid = {**config, "lr": lr, "seed": 0, "test": False}
-        tried[lr] = next(r["valid"] for r in done if all(r.get(n) == v for n, v in grid.items()))
+        tried[lr] = find(grid, done)["valid"]
     finite = {lr: valid for lr, valid in tried.items() if valid is not None}
     best = min(finite, key=finite.get, default=None)
     if best is None:
@@ -299,6 +331,7 @@ def print_rows(rows: list[dict], base: dict) -> None:
         if r["diverged"]:
             cells[0] += f" ({r['diverged']} of {r['runs']} diverged)"
         print("| " + " | ".join(cells).replace("nan", "-") + " |")
+    print("\n±: half the range over seeds; MiB: what training takes beside the weights")
 
 
 def plot(rows: list[dict], base: dict, path: str) -> None:
@@ -307,7 +340,7 @@ def plot(rows: list[dict], base: dict, path: str) -> None:
 
     split = "test_perplexity" if "test_perplexity" in base else "valid"
     figure, axes = pyplot.subplots(1, 2, figsize=(11, 4.5), sharey=True)
-    panels = ("added", 1e-6, "added parameters, millions"), ("seconds", 1 / 60, "training, minutes (CPU: of one core)")
+    panels = ("added", 1e-6, "added parameters, millions"), ("seconds", 1 / 60, "training, minutes")
     for axis, (x_name, scale, label) in zip(axes, panels):
         axis.axhline(base[split], color="grey", linestyle=":", label="base")
         for r in rows:
@@ -329,7 +362,7 @@ def identity(model: GPT) -> str:
     return digest.hexdigest()
 
 
-def main() -> None:
+def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Compare ways to deepen a model; resumable.")
     parser.add_argument("--base", required=True, help="checkpoint of train.py, of transformer blocks")
     parser.add_argument("--methods", required=True, help="joined by commas; see the head of this file")
@@ -353,52 +386,64 @@ def main() -> None:
     parser.add_argument("--jobs", type=natural, help="runs at a time (default: a CPU's cores, else 1)")
     parser.add_argument("--results", default="results.jsonl", help="finished runs (default results.jsonl)")
     parser.add_argument("--plot", help="draw the table to this file (.svg, .png); needs matplotlib")
-    args = parser.parse_args()
+    return parser.parse_args()
+
+
+def make_configs(args: argparse.Namespace, base: GPT) -> list[dict]:
+    """What defines a run, for each of --methods, but for its learning rate and seed. ValueError for what cannot be."""
+    device, names = pick_device(args.device), ("tokens", "memory_lr", "weight_decay", "train", "n_new", "batch_size",
+                                               "grad_accum", "valid_tokens")  # fmt: skip
+    common = {"base": identity(base), "dataset": args.dataset, "device": device.type}
+    common["dtype"] = "bfloat16" if has_bf16(device) else "float32"
+    common |= {name: getattr(args, name) for name in names}
+    memory, configs = {name: getattr(args, name) for name in ("n_keys", "top_k", "d_latent")}, []
+    for method, options in parse(args.methods):
+        own = memory if method in HAVE_MEMORY else {}
+        with torch.device("meta"):  # refuses what cannot be, before anything is trained
+            trial = {"lesa": "average", "opt-deus": "average"}.get(method, method)  # these two compute with weights
+            set_trainable(*build(GPT(base.config), trial, options, args.n_new, own))
+        if method == "lesa":
+            baselines.check_triples(base)
+        values = ("+".join(map(str, v)) if isinstance(v, list) else str(v) for v in options.values())
+        name = method + (":" + ",".join(f"{o}={v}" for o, v in zip(options, values)) if options else "")
+        config = {**common, "name": name, "method": method, "options": options, "memory": own}
+        configs += [config] if config not in configs else []
+    return configs
+
+
+def main() -> None:
+    args = parse_arguments()
     try:
         lrs = sorted({amount(lr) for lr in args.lrs.split(",")})
     except argparse.ArgumentTypeError as error:
         raise ValueError(f"--lrs: {error}") from None
-    methods = parse(args.methods)
     device = pick_device(args.device)
     args.jobs = args.jobs or (os.cpu_count() or 1 if device.type == "cpu" else 1)
     for path in (args.results, args.plot or "."):
         if not os.path.isdir(os.path.dirname(path) or "."):
             raise ValueError(f"{path}: there is no such folder")
     if args.plot:
-        try:
-            import matplotlib
-        except ImportError:
-            raise ValueError("--plot needs matplotlib: pip install matplotlib") from None
-        matplotlib.use("Agg")
+        need_matplotlib()
+        if os.path.splitext(args.plot)[1] not in (".svg", ".png", ".pdf"):
+            raise ValueError(f"--plot {args.plot}: its name must end in .svg, .png or .pdf")
     base, info = open_model(args.base, args.data_dir or "data")
-    if "dataset" not in info and args.dataset is None:
+    if base.config.new:
+        raise ValueError(f"{args.base} is up-scaled already; name the base that it was made of")
+    args.dataset = args.dataset or info.get("dataset")
+    if args.dataset is None:
         raise ValueError(f"{args.base} does not say what it was trained on; give --dataset")
     args.data_dir = os.path.abspath(args.data_dir or info.get("data_dir", "data"))
     args.n_new = args.n_new or max(1, base.config.n_layer // 2)
     if args.batch_size % args.grad_accum:
         raise ValueError("--grad_accum must divide --batch_size")
-    memory = {name: getattr(args, name) for name in ("n_keys", "top_k", "d_latent")}
-    common = {"base": identity(base), "dataset": args.dataset or info["dataset"], "device": device.type}
-    common["dtype"] = "bfloat16" if has_bf16(device) else "float32"
-    common |= {name: getattr(args, name) for name in ("tokens", "memory_lr", "weight_decay", "train", "n_new",
-                                                      "batch_size", "grad_accum", "valid_tokens")}  # fmt: skip
-    configs = []
-    for method, options in methods:
-        own = memory if method in HAVE_MEMORY else {}
-        with torch.device("meta"):  # refuses what cannot be, before anything is trained
-            trial = {"lesa": "average", "opt-deus": "average"}.get(method, method)  # these two compute with weights
-            build(GPT(base.config), trial, options, args.n_new, own)
-        if method == "lesa" and base.config.n_layer < 3:
-            raise ValueError("lesa needs a base of at least 3 blocks")
-        values = ("+".join(map(str, v)) if isinstance(v, list) else str(v) for v in options.values())
-        name = method + (":" + ",".join(f"{o}={v}" for o, v in zip(options, values)) if options else "")
-        config = {**common, "name": name, "method": method, "options": options, "memory": own}
-        configs += [config] if config not in configs else []
+    configs = make_configs(args, base)
     done = read_results(args.results)
     size = sum(p.numel() for p in base.parameters())
-    print(f"{len(configs)} methods on {args.base} ({size:,} parameters, {common['dataset']}, {info['tokenizer']}), "
-          f"{args.tokens:,} tokens each, on {device}, {common['dtype']}, {args.jobs} at a time")  # fmt: skip
-    data = load_dataset(common["dataset"], info["tokenizer"], args.data_dir)  # tokenized once, before the workers
+    print(f"{len(configs)} methods on {args.base} ({size:,} parameters, {args.dataset}, {info['tokenizer']}), "
+          f"{args.tokens:,} tokens each, on {device}, {configs[0]['dtype']}, {args.jobs} at a time")  # fmt: skip
+    data = load_dataset(args.dataset, info["tokenizer"], args.data_dir)  # tokenized once, before the workers
+    for c in configs:
+        c["text"] = os.path.basename(data["train"].tokens.filename)  # its name holds a hash of text and tokenizer
     if len(lrs) > 1:
         run_all([{**c, "lr": lr, "seed": 0, "test": False} for c in configs for lr in lrs], args, done)
     finals = []
@@ -409,8 +454,8 @@ def main() -> None:
     run_all(finals, args, done)
     rows = []
     for c in configs:
-        same = [f for f in finals if f["name"] == c["name"]]
-        runs = [r for r in done if any(all(r.get(n) == v for n, v in f.items()) for f in same)]
+        own = [f for f in finals if f["name"] == c["name"]]
+        runs = [find(f, done) for f in own]
         rows += [summarise(runs)] if runs else []
     base = base.to(device)
     figures = {"valid": perplexity(*sum_nll(base, data["valid"].tokens[: args.valid_tokens + 1]))}

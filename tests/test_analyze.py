@@ -35,7 +35,7 @@ def test_usage_of_a_memory_that_always_reads_the_same(model):
         nn.init.zeros_(model.h[i].attn.c_attn.weight)
         nn.init.zeros_(model.h[i].attn.c_attn.bias)  # every query is zero, so all scores tie
     rows = analyze.usage_table(model, TOKENS)
-    assert [(r["block"], r["head"]) for r in rows] == [(1, 0), (1, 1), (4, 0), (4, 1)]
+    assert [(r["block"], r["head"]) for r in rows] == [(2, 0), (2, 1), (5, 0), (5, 1)]
     for row in rows:
         assert row["top1"] == pytest.approx(1 / 36) and row["topk"] == pytest.approx(3 / 36)
         assert row["entropy"] == pytest.approx(math.log(3), abs=1e-5)

@@ -83,7 +83,7 @@ def test_gaps_of_the_top_half(L):
     ("lesa", (2, 4), False),
 ])  # fmt: skip
 def test_the_other_methods(base, tokens, monkeypatch, method, new, identity):
-    monkeypatch.setitem(compare.COPIES, "lesa", lambda base, n_new: baselines.lesa(base, n_new, steps=20))
+    monkeypatch.setattr(baselines, "predict_between", lambda slices, gaps: slices[gaps] / 2)  # learning takes seconds
     deeper, what = compare.build(base, method, {}, 2, MEMORY)
     assert deeper.config.new == new and deeper.config.blocks == "TTTTTT" and what == "new"
     assert torch.equal(deeper(tokens)[0], base(tokens)[0]) == identity
@@ -140,11 +140,6 @@ def test_lesa_learns_what_lies_between():
     assert (out - want).norm() < 0.2 * want.norm()
 
 
-def test_lesa_needs_triples():
-    with pytest.raises(ValueError, match="triples"):
-        baselines.lesa(GPT(GPTConfig(2, 2, 8, 8, 10)), 1)
-
-
 # ---- ablations.py ----------------------------------------------------------------------------------------------------
 
 
@@ -188,7 +183,10 @@ def test_methods_are_read_from_text():
     assert compare.parse(text) == [
         ("midus", {"n_keys": 64, "memory_lr": 0.03}), ("llama-pro", {"positions": [1, 3]}), ("none", {}),
     ]  # fmt: skip
-    for wrong in ("magic", "midus:n_keys", "midus:depth=3", "midus:n_keys=x", "n_keys=3"):
+    for wrong in (
+        "magic", "midus:n_keys", "midus:depth=3", "midus:n_keys=x", "n_keys=3", "midus:n_new=0", "stacked:n_new=-1",
+        "midus:tokens=-5", "midus:memory_lr=nan", "midus:memory_lr=-1", "midus:n_keys=3+4", "lesa:positions=1",
+    ):  # fmt: skip
         with pytest.raises(ValueError, match="--methods"):
             compare.parse(wrong)
 
@@ -225,6 +223,18 @@ def test_the_comparison_runs_once(tmp_path, monkeypatch, capsys):
     assert all(line["seed"] == (1 if line["test"] else 0) for line in lines)  # chosen on one seed, told of another
     table = [line for line in first.splitlines() if line.startswith("| ")]
     assert [row.split("|")[1].strip() for row in table] == ["method", "---", "none", "midus"]
+    # A run that fails does not take the others' results with it.
+    def failing(job):
+        if job["config"]["method"] == "none":
+            raise MemoryError("a run was killed")
+        return compare.run(job)
+
+    monkeypatch.setattr(compare, "run_apart", failing)
+    monkeypatch.setattr(sys, "argv", ["compare.py", *flags, "--results", "other.jsonl"])
+    with pytest.raises(MemoryError):
+        compare.main()
+    assert len((tmp_path / "other.jsonl").read_text().splitlines()) == 2
+    monkeypatch.setattr(sys, "argv", ["compare.py", *flags])
     # A run that was cut off while it wrote is done anew, the others are not; the figures are the same.
     (tmp_path / "results.jsonl").write_text(results[:-40])
     runs = []
@@ -289,10 +299,24 @@ def test_a_diverged_run_is_told_not_dropped(tmp_path, monkeypatch, capsys):
     assert "none (1 of 1 diverged)" in capsys.readouterr().out
 
 
-def test_the_comparison_refuses_in_a_sentence(monkeypatch, capsys):
+def test_the_comparison_refuses_in_a_sentence(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    base = GPT(GPTConfig(2, 2, 16, 16, 257))
+    save_checkpoint("base.pt", base, tokenizer="bytes", dataset="wikitext2")
+    save_checkpoint("deep.pt", compare.upscale(base, "midus", **MEMORY), tokenizer="bytes", dataset="wikitext2")
+    (tmp_path / "list").write_text("[1]\n")
+    before = (tmp_path / "base.pt").read_bytes()
     for flags, sentence in (
+        (["--base", "base.pt", "--methods", "midus", "--results", "base.pt"], "not a results file"),
+        (["--base", "base.pt", "--methods", "midus", "--results", "list"], "not a results file"),
+        (["--base", "base.pt", "--methods", "midus", "--results", "no/list"], "no such folder"),
+        (["--base", "base.pt", "--methods", "midus:n_new=1,positions=1"], "not several"),
+        (["--base", "base.pt", "--methods", "none:n_new=3"], "n_new must lie between 1 and 2"),
+        (["--base", "base.pt", "--methods", "lesa:n_new=1"], "triples"),
+        (["--base", "deep.pt", "--methods", "none"], "up-scaled already"),
         (["--base", "none.pt", "--methods", "midus"], "there is no checkpoint"),
-        (["--base", "none.pt", "--methods", "magic"], "is none of"),
+        (["--base", "base.pt", "--methods", "magic"], "is none of"),
         (["--base", "none.pt", "--methods", "midus", "--lrs", "x"], "--lrs"),
     ):
-        assert call(monkeypatch, "compare.py", *flags) == 2 and sentence in capsys.readouterr().err
+        assert call(monkeypatch, "compare.py", *flags) == 2 and sentence in capsys.readouterr().err, flags
+    assert (tmp_path / "base.pt").read_bytes() == before
