@@ -22,6 +22,7 @@ import warnings
 import zipfile
 import zlib
 from collections import namedtuple
+from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import lru_cache
 from pydoc_data.topics import topics
@@ -40,7 +41,7 @@ CONVENTIONS = ("tokens", "hf", "lm-eval")
 
 
 @contextmanager
-def written_whole(path: str):
+def written_whole(path: str) -> Iterator[str]:
     """Yields a temporary name, which becomes path at the end. A fault leaves path as it was; an OSError names it."""
     temporary = f"{path}.tmp"  # what a killed try left there is simply overwritten
     try:

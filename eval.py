@@ -16,6 +16,7 @@ import math
 import os
 import sys
 import time
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 import numpy as np
@@ -69,12 +70,11 @@ def perplexity(nll: float, tokens: int) -> float:
 
 
 @contextmanager
-def count_usage(model: GPT):
+def count_usage(model: GPT) -> Iterator[dict]:
     """Counts what every memory block reads while the context is open; yields {block index: counts}.
 
-    counts: top1 and topk (H, N), how often a slot was a head's best, or was read at all; weight (H, N), the summed
-    weights. The usage figures of Lample et al. 2019, section 4, follow from them; see usage(). With windows that
-    overlap, what is read twice counts twice.
+    counts: top1 and topk (H, N), how often a slot was a head's best, or was read at all (twice, where windows overlap);
+    weight (H, N), the summed weights. The figures of Lample et al. 2019, section 4, follow: see usage().
     """
     config, counts, hooks = model.config, {}, []
 

@@ -7,7 +7,6 @@ One run: from a base GPT to an up-scaled, further trained checkpoint.
 
 The base is the model before the new blocks: GPT-2 by name, one of your checkpoints, or `scratch`. A base from scratch
 is a run of this very script with --upscale none, kept under the data folder and found again by its settings.
-
 In order: settings and their defaults, the optimizer, the training loop, one run, the command. Shape names: see hml.py.
 """
 
@@ -19,6 +18,7 @@ import os
 import signal
 import sys
 import time
+from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from datetime import timedelta
 
@@ -202,7 +202,7 @@ def mean_over_ranks(values: list[float], device: torch.device) -> list[float]:
 
 
 @contextmanager
-def graceful_stop():
+def graceful_stop() -> Iterator[list]:
     """Yields a list that Ctrl-C or SIGTERM puts an entry in, so that the step can end; a second one stops at once."""
     stop = []
 
@@ -220,14 +220,15 @@ def graceful_stop():
             signal.signal(number, previous)
 
 
-def train_step(model, optimizer, batch, device, dtype, grad_accum: int) -> float:
-    """One optimizer step on inputs and targets (B, T), cut in grad_accum parts; the mean loss before it, in nats."""
+def train_step(model: GPT, optimizer: torch.optim.AdamW, batch: list, dtype: torch.dtype, grad_accum: int) -> float:
+    """One optimizer step of the model, wrapped or not, on inputs and targets (B, T), cut in grad_accum parts. Returns
+    the mean loss before it, in nats. Raises FloatingPointError if something is NaN."""
     total, parts = 0.0, list(zip(*(half.chunk(grad_accum) for half in batch)))
     for x, y in parts:
         wait = hasattr(model, "no_sync") and x is not parts[-1][0]  # ranks meet in the last part
         with model.no_sync() if wait else nullcontext():
-            with torch.autocast(device.type, dtype=dtype, enabled=dtype != torch.float32):
-                loss = model(x.to(device), y.to(device))[1] / grad_accum
+            with torch.autocast(x.device.type, dtype=dtype, enabled=dtype != torch.float32):
+                loss = model(x, y)[1] / grad_accum
             loss.backward()
         total += loss.detach()
     kinds = {True: [], False: []}  # banks are clipped apart: neither kind's gradients shall scale the other's down
@@ -266,8 +267,8 @@ def fit(model: GPT, data: dict[str, Split], s: dict, state: dict, out: str, devi
             for group in optimizer.param_groups:
                 group["lr"] = group["peak_lr"] * schedule(state["step"], s["warmup"], s["steps"])
             batch = get_batch(train, state["step"], s["batch_size"], s["block_size"], s["seed"])
-            batch = [half.chunk(ranks)[rank] for half in batch]
-            loss = train_step(wrapped, optimizer, batch, device, dtype, s["grad_accum"])
+            batch = [half.chunk(ranks)[rank].to(device) for half in batch]
+            loss = train_step(wrapped, optimizer, batch, dtype, s["grad_accum"])
             loss, stopping = mean_over_ranks([loss, bool(stop)], device)
             state["step"] += 1
             state["seconds"] += time.perf_counter() - start
@@ -354,11 +355,10 @@ def run(s: dict, out: str, data: dict[str, Split], device: torch.device, model: 
 def main() -> None:
     args = parse_arguments()
     device, rank, ranks = join_ranks(pick_device(args.device))
-    base = None
     if not os.access(os.path.dirname(args.out) or ".", os.W_OK) or os.path.isdir(args.out):
         raise ValueError(f"--out {args.out}: there is no such folder, or no file can be written there")
     if args.resume:
-        model, state = load_checkpoint(args.out)
+        base, (model, state) = None, load_checkpoint(args.out)
         s = state.pop("settings", {})
         if "step" not in state:
             raise ValueError(f"{args.out} was not written by train.py; name it as --base to train it")

@@ -7,6 +7,7 @@ A variant starts as exactly the base too, except where it says otherwise. Shape 
 
 import os
 import sys
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -229,7 +230,8 @@ class Centred(ProductKeys):
         return super().forward(query - self.mean)
 
 
-def replace_keys(model: GPT, make) -> None:
+def replace_keys(model: GPT, make: Callable[[GPTConfig], ProductKeys]) -> None:
+    """Puts make(config), with the keys that were there, in the place of every block's product keys."""
     for i in model.config.new:
         keys = make(model.config)
         keys.load_state_dict(model.h[i].memory.product_keys.state_dict(), strict=False)

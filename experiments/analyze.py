@@ -17,9 +17,11 @@ import argparse
 import os
 import sys
 from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 
 import numpy as np
+import tiktoken
 import torch
 from torch import Tensor
 from tqdm import tqdm
@@ -44,7 +46,7 @@ def windows(model: GPT, tokens: np.ndarray) -> list[tuple[Tensor, Tensor]]:
 
 
 @contextmanager
-def hooked(hooks: list):
+def hooked(hooks: list) -> Iterator[None]:
     """Takes the hooks away when the context ends."""
     try:
         yield
@@ -88,7 +90,7 @@ def usage_table(model: GPT, tokens: np.ndarray) -> list[dict]:
 # ---- 2. Heads --------------------------------------------------------------------------------------------------------
 
 
-def head_outputs(model: GPT, block: int, gate) -> torch.utils.hooks.RemovableHandle:
+def head_outputs(model: GPT, block: int, gate: Callable[[], Tensor]) -> torch.utils.hooks.RemovableHandle:
     """Multiplies the head outputs of a block, (B, T, H, d_h), by gate(), (B or 1, H): those of the memory in a memory
     block, those of attention, before c_proj, in a transformer block."""
 
@@ -217,7 +219,9 @@ def fixed_retrieval(model: GPT, tokens: np.ndarray) -> list[dict]:
 
 
 @torch.no_grad()
-def busiest_slots(model: GPT, tokens: np.ndarray, block: int, head: int, slots: int = 4, examples: int = 4):
+def busiest_slots(
+    model: GPT, tokens: np.ndarray, block: int, head: int, slots: int = 4, examples: int = 4
+) -> list[dict]:
     """The slots of one head with the most summed weight, each with its share of all weight, the tokens that gave it
     most weight (ids, and their part of the slot's weight), and the places (in tokens) of its strongest reads."""
     reads = []
@@ -298,7 +302,7 @@ def heat_map(values: Tensor, labels: list[str], title: str, path: str) -> None:
     pyplot.close(figure)
 
 
-def readable(tokenizer, ids) -> str:
+def readable(tokenizer: tiktoken.Encoding, ids: Iterable[int]) -> str:
     """Tokens as text that a Markdown table can hold."""
     return repr(tokenizer.decode(list(map(int, ids))))[1:-1].replace("|", "\\|")
 

@@ -14,6 +14,7 @@ trained: average, opt-deus; with everything trained: stack, lesa. Shape names: s
 import copy
 import os
 import sys
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -47,7 +48,7 @@ def stack(base: GPT, n_new: int, on_top: bool = False) -> GPT:
     return assemble(base, *interleave(L, positions))
 
 
-def between(base: GPT, n_new: int, make) -> GPT:
+def between(base: GPT, n_new: int, make: Callable[[TransformerBlock, TransformerBlock], TransformerBlock]) -> GPT:
     """The base with make(block below, block above), a TransformerBlock, in gaps of the top half."""
     positions = gaps_of_top_half(base.config.n_layer, n_new)
     model = assemble(base, *interleave(base.config.n_layer, positions))

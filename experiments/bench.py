@@ -22,6 +22,7 @@ import statistics
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from contextlib import nullcontext
 
 import numpy as np
@@ -109,7 +110,8 @@ def ratio(a: list[float], b: list[float]) -> dict:
     return {"median": statistics.median(ratios), "min": min(ratios), "max": max(ratios)}
 
 
-def show(value) -> str:
+def show(value: object) -> str:
+    """A cell of a table: a ratio with its range, a number to three digits, or text."""
     if isinstance(value, dict):
         return f"{value['median']:.2f} [{value['min']:.2f}, {value['max']:.2f}]"
     if isinstance(value, float):
@@ -125,7 +127,7 @@ def table(title: str, rows: list[dict]) -> dict:
     return {"title": title, "rows": rows}
 
 
-def step(module: nn.Module, x: torch.Tensor):
+def step(module: nn.Module, x: torch.Tensor) -> Callable[[], None]:
     """A training step's forward and backward through module."""
 
     def call():
@@ -136,7 +138,9 @@ def step(module: nn.Module, x: torch.Tensor):
     return call
 
 
-def infer(module: nn.Module, *inputs):
+def infer(module: nn.Module, *inputs) -> Callable[[], None]:
+    """A forward pass without gradients."""
+
     @torch.no_grad()
     def call():
         module(*inputs)
@@ -163,7 +167,8 @@ def block_costs(T: int, n: int, k: int) -> dict[str, dict[str, float]]:
     }
 
 
-def make_blocks(b: Bench, n: int, k: int):
+def make_blocks(b: Bench, n: int, k: int) -> tuple[nn.Module, nn.Module]:
+    """A copied block and a memory block, side by side, with something in the bank."""
     torch.manual_seed(0)
     config = GPTConfig(2, H, C, 4096, 256, "TM", n_keys=n, top_k=k, d_latent=D_V)
     copied, memory = TransformerBlock(config).to(b.device), MemoryBlock(config).to(b.device)
@@ -299,8 +304,9 @@ def whole(b: Bench, quick: bool) -> list[dict]:
         name, memory = f"{method}, {which}", {"n_keys": 64, "top_k": 8} if method == "midus" else {}
         model = models[name] = upscale(base, method, **memory) if method != "none" else base
         set_trainable(model, which)
-        optimizer, batch = make_optimizer(model, 1e-3, 1e-2, 0.1), get_batch(text, 0, B, T, 0)
-        functions[name] = lambda m=model, o=optimizer, x=batch: train_step(m, o, x, b.device, b.dtype, 1)
+        optimizer = make_optimizer(model, 1e-3, 1e-2, 0.1)
+        batch = [half.to(b.device) for half in get_batch(text, 0, B, T, 0)]
+        functions[name] = lambda m=model, o=optimizer, x=batch: train_step(m, o, x, b.dtype, 1)
     times = b.turns(functions)
     rows = []
     for name, t in times.items():

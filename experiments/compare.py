@@ -174,7 +174,7 @@ def run(job: dict) -> dict:
             start = clock()
             for group in optimizer.param_groups:
                 group["lr"] = group["peak_lr"] * schedule(step, steps // 20, steps)
-            losses.append(train_step(model, optimizer, batch_of(step), device, dtype, config["grad_accum"]))
+            losses.append(train_step(model, optimizer, batch_of(step), dtype, config["grad_accum"]))
             result["seconds"] += clock() - start
 
     result |= {"seconds": 0.0, "valid": None, "test_perplexity": None}  # as they stay if it diverges

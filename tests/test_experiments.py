@@ -267,7 +267,7 @@ def test_a_run_is_what_a_plain_loop_gives(tmp_path):
         for group in optimizer.param_groups:
             group["lr"] = group["peak_lr"] * compare.schedule(step, 1, 25)
         compare.train_step(model, optimizer, compare.get_batch(data["train"].tokens, step, 4, 16, 1),
-                           torch.device("cpu"), torch.bfloat16, 1)  # fmt: skip
+                           torch.bfloat16, 1)  # fmt: skip
     for name, tokens in (("valid", data["valid"].tokens[:501]), ("test_perplexity", data["test"].tokens)):
         nll, count = compare.sum_nll(model, tokens)
         assert result[name] == pytest.approx(np.exp(nll / count), rel=1e-6)

@@ -197,7 +197,7 @@ def test_gradient_accumulation_equals_one_batch():
     for parts in (1, 4):
         model = make()
         optimizer = train.make_optimizer(model, 1e-3, 1e-2, 0.1)
-        loss = train.train_step(model, optimizer, (x, y), torch.device("cpu"), torch.float32, parts)
+        loss = train.train_step(model, optimizer, (x, y), torch.float32, parts)
         after.append((loss, model.h[0].mlp.c_fc.bias.detach()))
     assert after[0][0] == pytest.approx(after[1][0], abs=1e-6)
     torch.testing.assert_close(after[0][1], after[1][1], atol=1e-5, rtol=0)
@@ -218,7 +218,7 @@ def test_nan_stops_before_anything_is_touched():
     before = model.wte.weight.clone()
     with pytest.raises(FloatingPointError, match="NaN or infinite; try a lower --lr"):
         batch = (torch.zeros(2, 4, dtype=torch.long),) * 2
-        train.train_step(model, optimizer, batch, torch.device("cpu"), torch.float32, 1)
+        train.train_step(model, optimizer, batch, torch.float32, 1)
     assert torch.equal(model.wte.weight, before)
 
 
