@@ -32,25 +32,25 @@ from upscale import amount, natural
 
 @torch.no_grad()
 def sum_nll(
-    model: GPT, tokens: np.ndarray, stride: int | None = None, desc: str = "evaluating", windows: int = 32
+    model: GPT, tokens: np.ndarray, stride: int | None = None, desc: str = "evaluating", at_once: int | None = None
 ) -> tuple[float, int]:
     """Summed negative log-likelihood, in nats and float64, of every token after the first; and how many those are.
 
-    Windows of block_size tokens start `stride` apart (default: block_size, no overlap); the last is moved back so that
-    it ends with the text. A window scores what no earlier one has scored, so each token counts exactly once, with at
-    least block_size - stride tokens before it once the text is that far in. At most so many windows go at once, and
-    never more than 2^28 logits. Raises ValueError for a bad stride or fewer than two tokens.
+    Windows of block_size tokens start `stride` apart (default: block_size, no overlap); the last is moved back to end
+    with the text. A window scores what no earlier one has, so each token counts exactly once, with at least block_size
+    - stride tokens before it once the text is that far in. at_once windows make a batch (default: 32; on a CPU 512
+    tokens), 2^28 logits at most. Raises ValueError for a bad stride or fewer than two tokens.
     """
     size, device = model.config.block_size, model.wte.weight.device
     stride = size if stride is None else stride
     if not 1 <= stride <= size:
         raise ValueError(f"stride must lie between 1 and the window, {size}; got {stride}")
-    scored = len(tokens) - 1
-    if scored < 1:
+    if len(tokens) < 2:
         raise ValueError("the split has fewer than two tokens; there is nothing to predict")
-    final = max(0, scored - size)  # where the last window starts
+    final = max(0, len(tokens) - 1 - size)  # where the last window starts
     starts = [*range(0, final, stride), final]
-    rows = min(windows, max(1, 2**28 // (size * model.config.vocab_size)))
+    at_once = at_once or (512 // size if device.type == "cpu" else 32)  # as large as a CPU's caches like
+    rows = max(1, min(at_once, 2**28 // (size * model.config.vocab_size)))
     total, done = 0.0, 0
     for first in tqdm(range(0, len(starts), rows), desc=desc, unit="batch", disable=None, leave=False):
         group = starts[first : first + rows]
@@ -61,7 +61,7 @@ def sum_nll(
         for start, row in zip(group, nll.double().cpu()):  # row (T,)
             total += row[done - start :].sum().item()  # the windows before have scored up to here
             done = start + len(row)
-    return total, scored
+    return total, len(tokens) - 1
 
 
 def perplexity(nll: float, tokens: int) -> float:

@@ -73,9 +73,9 @@ def test_windows_are_scored_as_in_a_plain_loop():
 def test_how_many_windows_go_at_once_changes_nothing_but_rounding():
     torch.manual_seed(0)
     model, tokens = wake(GPT(CONFIG)), np.random.default_rng(0).integers(0, 50, 200).astype(np.uint16)
-    one = sum_nll(model, tokens, 5, windows=1)[0]
+    one = sum_nll(model, tokens, 5, at_once=1)[0]
     for windows in (2, 7, 100):
-        assert sum_nll(model, tokens, 5, windows=windows)[0] == pytest.approx(one, rel=1e-6)
+        assert sum_nll(model, tokens, 5, at_once=windows)[0] == pytest.approx(one, rel=1e-6)
 
 
 def test_refusals():
