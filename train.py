@@ -104,6 +104,7 @@ def settle(args: argparse.Namespace, device: torch.device) -> tuple[dict, GPT | 
         (("base_tokens",), method != "none", "only with --upscale; for a base alone say --tokens"),
         (PLACEMENT, method != "none", "only with --upscale; this run inserts no blocks"),
         (MEMORY, method == "midus", f"only with --upscale midus; {method} inserts no memory blocks"),
+        (("memory_lr",), method == "midus" or fixed and "M" in fixed.blocks, "there are no memory blocks"),
     ):
         if not fits and any(n in given for n in names):
             raise ValueError(f"{', '.join(f'--{n}' for n in names if n in given)}: {sentence}")
@@ -119,7 +120,6 @@ def settle(args: argparse.Namespace, device: torch.device) -> tuple[dict, GPT | 
         settings |= {new: given.get(new, settings[f"base_{new}"]) for new in ("lr", "tokens")}
     unused = (() if method == "midus" else MEMORY) + (() if name == "scratch" else (*SHAPE, "base_tokens", "base_lr"))
     settings = {n: value for n, value in settings.items() if n not in unused}
-
     if settings["tokenizer"] != info.get("tokenizer", settings["tokenizer"]):
         raise ValueError(f"--tokenizer {settings['tokenizer']}: the base was trained with {info['tokenizer']}")
     config = fixed or scratch_config(settings)

@@ -249,6 +249,7 @@ def test_nan_ends_a_run_with_a_sentence_and_keeps_the_last_checkpoint(here, monk
         (["--upscale", "midus", "--positions", "1", "1"], "positions repeat"),
         (["--upscale", "solar", "--every", "3"], "solar has one seam"),
         (["--upscale", "llama-pro", "--n_keys", "8"], "--n_keys: only with --upscale midus"),
+        (["--upscale", "llama-pro", "--memory_lr", "1e-3"], "--memory_lr: there are no memory blocks"),
         (["--every", "2"], "--every: only with --upscale"),
         (["--base_tokens", "5"], "--base_tokens: only with --upscale"),
         (["--train", "new"], "needs inserted blocks"),
