@@ -319,7 +319,8 @@ def summarise(runs: list[dict]) -> dict:
 def print_rows(rows: list[dict], base: dict) -> None:
     """The table; base: the base's perplexities by split, valid and (unless screening) test_perplexity."""
     split = "test_perplexity" if "test_perplexity" in base else "valid"
-    print("| method | trained | lr | added M | trained M | start | validation | test | tokens/s | MiB | gained per M |")
+    columns = "method, trained, lr, added M, trained M, start (validation), validation, test, tokens/s, MiB, gained per M"
+    print("| " + columns.replace(", ", " | ") + " |")
     print("| --- " * 11 + "|")
     for r in rows:
         cells = [r["name"], r["train"], f"{r['lr']:g}", f"{r['added'] / 1e6:.2f}", f"{r['trained'] / 1e6:.2f}"]

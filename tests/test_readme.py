@@ -32,7 +32,7 @@ def here(pydocs, tmp_path, monkeypatch):
     """A working folder where every data set and GPT-2 are there already, all of them small."""
     monkeypatch.chdir(tmp_path)
     for text in pydocs.glob("pydocs-*/wiki.*.txt"):
-        some = text.read_bytes()[: 60_000 if "train" in text.name else 5_000]
+        some = text.read_bytes()[: 60_000 if "train" in text.name else 2_500]
         short = tmp_path / "data" / text.relative_to(pydocs)
         short.parent.mkdir(parents=True, exist_ok=True)
         short.write_bytes(some)
@@ -54,9 +54,9 @@ def test_commands_run(readme, here, gpt2_vocabulary, monkeypatch, capsys):
     monkeypatch.setattr(compare, "run_apart", compare.run)
     monkeypatch.setattr(bench, "SIZES", bench.SIZES[:1])
     shorter = {
-        "train.py": "--tokens 1e3 --block_size 32 --batch_size 4 --overwrite",
-        "compare.py": "--tokens 1e3 --seeds 1 --lrs 1e-3 --jobs 1 --valid_tokens 1e3",
-        "analyze.py": "--tokens 2e3", "eval.py": "--device cpu", "upscale.py": "--overwrite",
+        "train.py": "--tokens 256 --block_size 32 --batch_size 4 --overwrite",
+        "compare.py": "--tokens 256 --seeds 1 --lrs 1e-3 --jobs 1 --valid_tokens 256",
+        "analyze.py": "--tokens 256", "eval.py": "--device cpu", "upscale.py": "--overwrite",
         "bench.py": "--quick --lengths 16", "hml.py": None, "harness.py": None,
     }  # fmt: skip
     for program, *words in found:
@@ -67,7 +67,7 @@ def test_commands_run(readme, here, gpt2_vocabulary, monkeypatch, capsys):
             continue
         flags = [] if "--resume" in words or words[-1] == "--help" else shorter[script].split()
         from_scratch = "--upscale" in words and not {"none", "--base", "wikitext103"} & {*words} or "scratch" in words
-        flags += ["--base_tokens", "1e3"] if script == "train.py" and from_scratch else []
+        flags += ["--base_tokens", "256"] if script == "train.py" and from_scratch else []
         flags = [] if script == "eval.py" and "--prompt" in words else flags
         assert call(monkeypatch, *words, *flags) == 0, (words, capsys.readouterr().err)
         capsys.readouterr()
@@ -89,7 +89,19 @@ def test_flags_it_names_exist(readme, root):
 ])  # fmt: skip
 def test_files_keep_to_their_length(root, readme, name, lines):
     assert len((root / name).read_text(encoding="utf-8").splitlines()) <= lines
-    assert re.search(rf"{name} .*\b{lines}\b", readme)
+    assert re.search(rf"\[{name}\].*\b{lines} lines\b", readme)
+
+
+def rows(text):
+    """The cells of every row of the tables in a page, by the first cell."""
+    lines = [line.strip("| ") for line in text.splitlines() if line.startswith("| ")]
+    return {line.split(" | ")[0]: {cell.strip() for cell in line.split(" | ")} for line in lines}
+
+
+def test_figures_of_the_comparison_are_those_of_the_results(readme, root):
+    quoted = rows(readme.split("## Results: quality")[1].split("\n## ")[0])
+    measured = rows((root / "experiments" / "results" / "main.md").read_text(encoding="utf-8"))
+    assert len(quoted) > 8 and all(cells <= measured[method] for method, cells in quoted.items() if method != "base")
 
 
 def test_python_example_runs(readme, root):
