@@ -79,16 +79,15 @@ def parse_arguments() -> argparse.Namespace:
     group.add_argument("--compile", action="store_true", default=None, help="torch.compile the model")
     group = parser.add_argument_group("files")
     group.add_argument("--out", default="ckpt.pt", help="the checkpoint; losses go beside it (default ckpt.pt)")
+    group = group.add_mutually_exclusive_group()
     group.add_argument("--resume", action="store_true", help="go on with --out, with the settings it was begun with")
     group.add_argument("--overwrite", action="store_true", help="start anew although --out exists")
     return parser.parse_args()
 
 
 def settle(args: argparse.Namespace, device: torch.device) -> tuple[dict, GPT | None]:
-    """Every setting of the run, as plain types, and the base if it was a file.
-
-    Nothing long happens here, and whatever can be refused is refused here: ValueError, one sentence.
-    """
+    """Every setting of the run, as plain types, and the base if it was a file. Nothing long happens here, and whatever
+    can be refused is refused here: ValueError, one sentence."""
     given = {name: value for name, value in vars(args).items() if value is not None}
     method = given.get("upscale", "none")
     name = given.get("base", "scratch" if given.get("dataset", "pydocs") == "pydocs" else "gpt2")
@@ -120,6 +119,7 @@ def settle(args: argparse.Namespace, device: torch.device) -> tuple[dict, GPT | 
         settings |= {new: given.get(new, settings[f"base_{new}"]) for new in ("lr", "tokens")}
     unused = (() if method == "midus" else MEMORY) + (() if name == "scratch" else (*SHAPE, "base_tokens", "base_lr"))
     settings = {n: value for n, value in settings.items() if n not in unused}
+
     if settings["tokenizer"] != info.get("tokenizer", settings["tokenizer"]):
         raise ValueError(f"--tokenizer {settings['tokenizer']}: the base was trained with {info['tokenizer']}")
     config = fixed or scratch_config(settings)

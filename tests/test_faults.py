@@ -332,11 +332,11 @@ def test_any_flags_train_a_step_or_are_refused_with_a_sentence(here, monkeypatch
             flags = {n: v for n, v in flags.items() if n not in ("--n_keys", "--top_k", "--d_latent")}
         line = [part for pair in flags.items() for part in pair if part is not None]
         steps.clear()
-        status = call(monkeypatch, "train.py", *line, "--overwrite")
+        status = call(monkeypatch, "train.py", *line, *["--overwrite"] * ("--resume" not in flags))
         error = capsys.readouterr().err
         assert status in (0, 1, 2) and "Traceback" not in error, (line, error)
         if status == 0:
-            assert steps, line
+            assert steps or "--resume" in flags, line  # which may find nothing left to do
             trained += 1
         else:
             sentence = error.strip().splitlines()[-1]

@@ -263,6 +263,7 @@ def test_nan_ends_a_run_with_a_sentence_and_keeps_the_last_checkpoint(here, monk
         (["--device", "tpu"], "device tpu is not available"),
         (["--out", "nowhere/ckpt.pt"], "there is no such folder"),
         (["--resume"], "there is no checkpoint at ckpt.pt"),
+        (["--resume", "--overwrite"], "--overwrite: not allowed with argument --resume"),
         (["--tokens", "0"], "not a whole number of at least 1"),
         (["--tokens", "1.5"], "not a whole number of at least 1"),
         (["--tokens", "inf"], "not a whole number of at least 1"),
