@@ -67,7 +67,7 @@ def download(urls: list[str], path: str, size: int | None = None, sha256: str | 
     """Puts the file at the first address that delivers it into path, complete and checked, or raises OSError.
 
     A file that is there already and passes the checks (size in bytes, sha256 in hex; None: not known) is kept.
-    `hint` ends the error's sentence: what the user can do instead.
+    `hint`: a sentence for the error, what the user can do instead.
     """
 
     def check(file: str) -> None:
@@ -103,7 +103,7 @@ def download(urls: list[str], path: str, size: int | None = None, sha256: str | 
             reasons.append(f"{url}: {error}")
     if os.path.exists(temporary):
         os.remove(temporary)
-    raise OSError(f"could not get {path} ({'; '.join(reasons)}). {hint}".rstrip())
+    raise OSError(f"could not get {path}. {hint} What was tried: {'; '.join(reasons)}")
 
 
 # ---- Tokenizers ------------------------------------------------------------------------------------------------------

@@ -13,7 +13,6 @@ does not;  bits per byte NLL / ln 2 / bytes. Shape names: see hml.py.
 import argparse
 import json
 import math
-import os
 import sys
 import time
 from collections.abc import Iterator
@@ -27,7 +26,7 @@ from tqdm import tqdm
 
 from data import CONVENTIONS, DATASETS, SPLITS, Split, get_batch, load_pieces, load_tokenizer, written_whole
 from model import GPT, count_parameters, open_model, pick_device, run_command
-from upscale import amount, natural
+from upscale import amount, natural, new_file
 
 
 @torch.no_grad()
@@ -200,7 +199,7 @@ def main() -> None:
     parser.add_argument("--convention", choices=CONVENTIONS, default="tokens", help="how text is read (default tokens)")
     parser.add_argument("--stride", type=natural, help="tokens between windows (default: the window, no overlap)")
     parser.add_argument("--device", help="cpu, cuda or mps (default: the best there is)")
-    parser.add_argument("--json", help="also write the figures to this file")
+    parser.add_argument("--json", type=new_file, help="also write the figures to this file")
     sampling = parser.add_argument_group("sampling")
     sampling.add_argument("--prompt", help="continue this text instead of evaluating; may be empty")
     sampling.add_argument("--max_new_tokens", type=natural, default=200, help="tokens to sample (default 200)")
@@ -210,8 +209,6 @@ def main() -> None:
     args = parser.parse_args()
     if args.stride is not None and args.convention == "lm-eval":
         raise ValueError("--convention lm-eval reads windows without overlap; drop --stride")
-    if args.json and not os.path.isdir(os.path.dirname(args.json) or "."):
-        raise ValueError(f"--json {args.json}: there is no such folder")
     device = pick_device(args.device)
     model, info = open_model(args.checkpoint, args.data_dir or "data")
     if args.stride is not None and args.stride > model.config.block_size:

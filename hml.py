@@ -34,7 +34,7 @@ An example for paper, with n=3, k=2, d_h=4, d_v=2 and one head:
 
 Query, key and value are the memory's; attention came before and left the heads' outputs. Deliberately missing: a query
 projection (the head's output *is* the query), 1/sqrt(d) on scores (keys start that small), an output projection or
-gate, a residual (model.py's MemoryBlock adds one), any mixing between heads.
+gate, the residual around the block (model.py's MemoryBlock adds it), any mixing between heads.
 """
 
 import warnings
@@ -55,7 +55,7 @@ def candidate_pairs(k: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """The pairs (i, j) of ranks whose sum can be among the k best, as two tensors (P,).
 
     A rank is a place in a half's list of its k best, 0 for the best. A sum (i, j) is matched or beaten by every
-    (i' <= i, j' <= j): (i+1)*(j+1) sums with itself. Where that is more than k, k others will do: (i, j) is left out.
+    (i' <= i, j' <= j): (i+1)*(j+1) sums with itself. Where that is more than k, at least k others score as much.
     """
     pairs = [(i, j) for i in range(k) for j in range(k) if (i + 1) * (j + 1) <= k]  # 20 of 64 at k=8, 50 of 256 at 16
     return torch.tensor(pairs, device=device).unbind(1)
@@ -203,8 +203,8 @@ class HeadwiseMemory(nn.Module):
 
     With the bank at zero the layer returns exact zeros, so a model it is inserted into starts as the very same function
     (reports of the paper say so). All that reaches the output through the bank alone, attention too, has gradient zero
-    until the bank has moved. With proj at zero as well, neither would ever move. With proj at zero instead, an entry
-    would be random noise when it is first used; a zero entry says nothing until it has been trained.
+    until the bank has moved. With proj at zero as well, neither would ever move. With proj at zero instead, entries
+    nobody has read yet would say something random as soon as proj has moved; a zero entry says nothing till trained.
     """
 
     def __init__(self, n_head: int, head_dim: int, n_keys: int, top_k: int, d_latent: int, query_norm: bool = False):

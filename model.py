@@ -345,5 +345,5 @@ def run_command(main: Callable[[], None]) -> None:
         no_memory = any(words in str(error) for words in ("out of memory", "allocate memory", "enough memory"))
         if isinstance(error, RuntimeError) and not no_memory:  # torch's name for many faults
             raise
-        print(f"error: {' '.join(str(error).split())[:300]}", file=sys.stderr)
+        print(f"error: {' '.join(str(error).split())[:500]}", file=sys.stderr)
         sys.exit(2 if isinstance(error, ValueError) else 1)

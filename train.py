@@ -31,7 +31,8 @@ from data import DATASETS, Split, get_batch, kept, load_dataset, vocab_size
 from eval import perplexity, print_table, row, step_seconds, sum_nll
 from model import GPT, PRETRAINED, GPTConfig, has_bf16, load_checkpoint, open_model, pick_device
 from model import run_command, save_checkpoint
-from upscale import MEMORY, METHODS, PLACEMENT, add_arguments, amount, set_trainable, summary, upscale, natural
+from upscale import MEMORY, METHODS, PLACEMENT, add_arguments, amount, natural, new_file, set_trainable, summary
+from upscale import upscale
 
 # ---- Settings: what flags leave open is filled in from the size of the model, and printed ----------------------------
 
@@ -78,7 +79,7 @@ def parse_arguments() -> argparse.Namespace:
     group.add_argument("--dtype", choices=("float32", "bfloat16"), help="of autocast (default: bfloat16 where fast)")
     group.add_argument("--compile", action="store_true", default=None, help="torch.compile the model")
     group = parser.add_argument_group("files")
-    group.add_argument("--out", default="ckpt.pt", help="the checkpoint; losses go beside it (default ckpt.pt)")
+    group.add_argument("--out", type=new_file, default="ckpt.pt", help="checkpoint, losses beside it (default ckpt.pt)")
     group = group.add_mutually_exclusive_group()
     group.add_argument("--resume", action="store_true", help="go on with --out, with the settings it was begun with")
     group.add_argument("--overwrite", action="store_true", help="start anew although --out exists")
@@ -287,7 +288,8 @@ def fit(model: GPT, data: dict[str, Split], s: dict, state: dict, out: str, devi
                 save_checkpoint(out, model, **state)
                 log.flush()
             if stopping:
-                raise KeyboardInterrupt(f"interrupted; {out} is saved at step {state['step']} of {s['steps']}")
+                raise KeyboardInterrupt(f"interrupted; {out} is saved at step {state['step']} of {s['steps']}; "
+                                        "go on with the same command, with --resume if it asks for that")
 
 
 # ---- One run ---------------------------------------------------------------------------------------------------------
@@ -355,8 +357,6 @@ def run(s: dict, out: str, data: dict[str, Split], device: torch.device, model: 
 def main() -> None:
     args = parse_arguments()
     device, rank, ranks = join_ranks(pick_device(args.device))
-    if not os.access(os.path.dirname(args.out) or ".", os.W_OK) or os.path.isdir(args.out):
-        raise ValueError(f"--out {args.out}: there is no such folder, or no file can be written there")
     if args.resume:
         base, (model, state) = None, load_checkpoint(args.out)
         s = state.pop("settings", {})

@@ -78,9 +78,7 @@ def interleave(n_layer: int, positions: list[int]) -> tuple[list[int], list[int]
 
 def overlap(n_layer: int, n_new: int) -> tuple[list[int], list[int]]:
     """SOLAR: the stack without its last m1 blocks, then the stack without its first m2; m1 + m2 = n_layer - n_new.
-
-    The second copy's overlapping blocks count as the new ones.
-    """
+    The second copy's overlapping blocks count as the new ones."""
     m1 = (n_layer - n_new) // 2
     m2 = n_layer - n_new - m1
     sources = [*range(n_layer - m1), *range(m2, n_layer)]
@@ -171,11 +169,12 @@ def identity_gap(base: GPT, deeper: GPT, tokens: Tensor, dtype: torch.dtype) -> 
 
 
 def summary(base: GPT, deeper: GPT) -> str:
-    """The new stack as a line, the parameters before and added, and the added ones by part."""
+    """The new stack as a line, the parameters before and added, those by part, and the memory's sizes."""
     before, added = sum(count_parameters(base).values()), count_parameters(deeper, deeper.config.new)
     stack = " ".join(deeper.config.blocks)
     marks = " ".join("^" if i in deeper.config.new else " " for i in range(deeper.config.n_layer)).rstrip()
     parts = ", ".join(f"{part} {count:,}" for part, count in added.items())
+    parts += "".join(f"; {n} {getattr(deeper.config, n)}" for n in MEMORY if "M" in deeper.config.blocks)
     return f"stack  {stack}\nnew    {marks}\nbase   {before:,} parameters\nadded  {sum(added.values()):,} ({parts})"
 
 
@@ -200,11 +199,18 @@ def amount(text: str) -> float:
     raise argparse.ArgumentTypeError(f"{text} is not a number of at least 0")
 
 
+def new_file(text: str) -> str:
+    """A path where a file can be written; to be refused before anything long has begun."""
+    if os.access(os.path.dirname(text) or ".", os.W_OK) and not os.path.isdir(text):
+        return text
+    raise argparse.ArgumentTypeError(f"{text}: there is no such folder, or no file can be written there")
+
+
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The flags of placement and memory, shared with train.py; what is not given stays None."""
     group = parser.add_argument_group("new blocks")
     group.add_argument("--every", type=natural, help="one new block per so many blocks (default 2)")
-    group.add_argument("--positions", type=natural, nargs="+", help="new blocks right after these blocks, from 1")
+    group.add_argument("--positions", type=natural, nargs="+", help="new blocks right after these: 1 3 5")
     group.add_argument("--n_new", type=natural, help="number of new blocks, spread evenly")
     group.add_argument("--n_keys", type=natural, help="sub-keys per half; n_keys squared slots")
     group.add_argument("--top_k", type=natural, help="slots read per token and head")
@@ -216,7 +222,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Up-scale a checkpoint (or a GPT-2 by name) without training it.")
     parser.add_argument("base", help="checkpoint, GPT-2 .bin file, or gpt2, gpt2-medium, gpt2-large, gpt2-xl")
     parser.add_argument("--method", choices=METHODS, default="midus")
-    parser.add_argument("--out", default="deeper.pt", help="where the new checkpoint goes (default deeper.pt)")
+    parser.add_argument("--out", type=new_file, default="deeper.pt", help="the new checkpoint (default deeper.pt)")
     parser.add_argument("--overwrite", action="store_true", help="replace --out if it exists")
     parser.add_argument("--data_dir", default="data", help="where GPT-2's weights are kept (default ./data)")
     parser.add_argument("--device", help="cpu, cuda or mps (default: the best there is)")
@@ -234,8 +240,7 @@ def main() -> None:
     print(f"{args.method} on {args.base}, device {device}\n{summary(base, deeper)}")
     tokens = torch.randint(base.config.vocab_size, (1, min(256, base.config.block_size)))
     for dtype in (torch.float32, torch.bfloat16):
-        gap = identity_gap(base, deeper, tokens, dtype)
-        print(f"largest difference of logits to the base, {str(dtype).split('.')[1]}: {gap:g}")
+        print(f"largest difference of logits to the base, {dtype}: {identity_gap(base, deeper, tokens, dtype):g}")
     kept = {name: info[name] for name in ("tokenizer", "dataset", "data_dir") if name in info}
     save_checkpoint(args.out, deeper, method=args.method, history=[], **kept)
     print(f"wrote {args.out}")

@@ -37,7 +37,7 @@ import train
 from data import Split, written_whole
 from model import GPT, PRETRAINED, GPTConfig, MemoryBlock, TransformerBlock, pick_device, run_command
 from train import get_batch, make_optimizer, train_step
-from upscale import natural, set_trainable, upscale
+from upscale import natural, new_file, set_trainable, upscale
 
 SIZES = ((64, 8), (128, 16), (128, 32))  # (n_keys, top_k)
 C, H, D_V = 768, 12, 64  # GPT-2 124M's width and heads; the latent width of its memory
@@ -510,11 +510,9 @@ def main() -> None:
         "--lengths", type=natural, nargs="+", default=[128, 512, 2048, 4096], help="T of the table blocks"
     )
     parser.add_argument("--quick", action="store_true", help="one small case of each table, to see that it runs")
-    parser.add_argument("--json", help="also write the tables to this file")
+    parser.add_argument("--json", type=new_file, help="also write the tables to this file")
     args = parser.parse_args()
     device = pick_device(args.device)
-    if not os.path.isdir(os.path.dirname(args.json or "") or "."):
-        raise ValueError(f"--json {args.json}: there is no such folder")
     b = Bench(device, getattr(torch, args.dtype), args.threads, 2 if args.quick else args.repeats, args.lengths)
     machine = f"{platform.machine()}, {os.cpu_count()} cores, {device}"
     if device.type == "cuda":

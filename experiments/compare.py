@@ -43,7 +43,7 @@ from data import DATASETS, get_batch, load_dataset
 from eval import count_usage, perplexity, sum_nll, usage
 from model import GPT, has_bf16, open_model, pick_device, run_command
 from train import make_optimizer, schedule, train_step
-from upscale import amount, natural, place, set_trainable, upscale
+from upscale import amount, natural, new_file, place, set_trainable, upscale
 
 COPIES = {
     "stack": baselines.stack, "stack-top": lambda base, n_new: baselines.stack(base, n_new, on_top=True),
@@ -319,8 +319,8 @@ def summarise(runs: list[dict]) -> dict:
 def print_rows(rows: list[dict], base: dict) -> None:
     """The table; base: the base's perplexities by split, valid and (unless screening) test_perplexity."""
     split = "test_perplexity" if "test_perplexity" in base else "valid"
-    columns = "method, trained, lr, added M, trained M, start (validation), validation, test, tokens/s, MiB, gained per M"
-    print("| " + columns.replace(", ", " | ") + " |")
+    print("| method | trained | lr | added M | trained M | start (validation) | validation | test | tokens/s | MiB "
+          "| gained per M |")  # fmt: skip
     print("| --- " * 11 + "|")
     for r in rows:
         cells = [r["name"], r["train"], f"{r['lr']:g}", f"{r['added'] / 1e6:.2f}", f"{r['trained'] / 1e6:.2f}"]
@@ -333,6 +333,7 @@ def print_rows(rows: list[dict], base: dict) -> None:
             cells[0] += f" ({r['diverged']} of {r['runs']} diverged)"
         print("| " + " | ".join(cells).replace("nan", "-") + " |")
     print("\n±: half the range over seeds; MiB: what training takes beside the weights")
+    print(f"gained per M: fall of {'validation' if split == 'valid' else 'test'} perplexity per million added parameters")
 
 
 def plot(rows: list[dict], base: dict, path: str) -> None:
@@ -385,8 +386,8 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--data_dir", help="folder of the data (default: the base's own)")
     parser.add_argument("--device", help="cpu, cuda or mps (default: the best there is)")
     parser.add_argument("--jobs", type=natural, help="runs at a time (default: a CPU's cores, else 1)")
-    parser.add_argument("--results", default="results.jsonl", help="finished runs (default results.jsonl)")
-    parser.add_argument("--plot", help="draw the table to this file (.svg, .png); needs matplotlib")
+    parser.add_argument("--results", type=new_file, default="results.jsonl", help="finished runs (results.jsonl)")
+    parser.add_argument("--plot", type=new_file, help="draw the table to this file (.svg, .png); needs matplotlib")
     return parser.parse_args()
 
 
@@ -420,9 +421,6 @@ def main() -> None:
         raise ValueError(f"--lrs: {error}") from None
     device = pick_device(args.device)
     args.jobs = args.jobs or (os.cpu_count() or 1 if device.type == "cpu" else 1)
-    for path in (args.results, args.plot or "."):
-        if not os.path.isdir(os.path.dirname(path) or "."):
-            raise ValueError(f"{path}: there is no such folder")
     if args.plot:
         need_matplotlib()
         if os.path.splitext(args.plot)[1] not in (".svg", ".png", ".pdf"):
@@ -460,7 +458,8 @@ def main() -> None:
         rows += [summarise(runs)] if runs else []
     base = base.to(device)
     figures = {"valid": perplexity(*sum_nll(base, data["valid"].tokens[: args.valid_tokens + 1]))}
-    print(f"\ntoken-level perplexity; base {args.base}: validation {figures['valid']:.2f}", end="")
+    some = min(args.valid_tokens, len(data["valid"].tokens) - 1)
+    print(f"\ntoken-level perplexity; base {args.base}: validation ({some:,} tokens) {figures['valid']:.2f}", end="")
     if not args.screen:
         figures["test_perplexity"] = perplexity(*sum_nll(base, data["test"].tokens))
         print(f", test {figures['test_perplexity']:.2f}", end="")

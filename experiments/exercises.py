@@ -9,7 +9,9 @@ An exercise that is not begun is skipped; tests/solutions.py has one solution of
 import os
 import sys
 
-from torch import Tensor
+import torch  # noqa: F401 (yours to use, as are nn and F)
+import torch.nn.functional as F  # noqa: F401
+from torch import Tensor, nn  # noqa: F401
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 from hml import HeadwiseMemory

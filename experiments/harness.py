@@ -26,13 +26,14 @@ try:
     from lm_eval.tasks import TaskManager
     from lm_eval.utils import make_table
 except ImportError:
-    sys.exit("error: this needs the lm-evaluation-harness: pip install 'lm-eval[hf]'")
+    print("error: this needs the lm-evaluation-harness: pip install 'lm-eval[hf]'", file=sys.stderr)
+    sys.exit(2)
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 from data import load_tokenizer, written_whole
 from eval import sum_nll
 from model import GPT, open_model, pick_device, run_command
-from upscale import natural
+from upscale import natural, new_file
 
 
 class Adapter(TemplateLM):
@@ -105,12 +106,11 @@ def main() -> None:
     parser.add_argument("--batch_size", type=natural, default=16, help="(default 16)")
     parser.add_argument("--data_dir", default="data", help="where GPT-2's weights are kept (default ./data)")
     parser.add_argument("--device", help="cpu, cuda or mps (default: the best there is)")
-    parser.add_argument("--json", help="also write the figures to this file")
+    parser.add_argument("--json", type=new_file, help="also write the figures to this file")
     args = parser.parse_args()
     device = pick_device(args.device)
-    for folder in (args.include_path, os.path.dirname(args.json or "")):
-        if folder and not os.path.isdir(folder):
-            raise ValueError(f"there is no folder {folder}")
+    if args.include_path and not os.path.isdir(args.include_path):
+        raise ValueError(f"there is no folder {args.include_path}")
     manager = TaskManager(include_path=args.include_path)
     names = manager.match_tasks(args.tasks.split(","))
     unknown = [task for task in args.tasks.split(",") if not manager.match_tasks([task])]

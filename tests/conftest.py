@@ -18,6 +18,10 @@ def pytest_addoption(parser):
     parser.addoption("--long", action="store_true", help="more tries of every fault, and a soak (about an hour)")
 
 
+def pytest_configure(config):
+    config.addinivalue_line("filterwarnings", "ignore:Sparse CSR tensor support")  # as in hml.py: pytest drops that
+
+
 def call(monkeypatch, script, *arguments):
     """Runs a script's main in this process (a new one takes seconds to import torch); its exit status."""
     from model import run_command
