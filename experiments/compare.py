@@ -333,7 +333,7 @@ def print_rows(rows: list[dict], base: dict) -> None:
             cells[0] += f" ({r['diverged']} of {r['runs']} diverged)"
         print("| " + " | ".join(cells).replace("nan", "-") + " |")
     print("\n±: half the range over seeds; MiB: what training takes beside the weights")
-    print(f"gained per M: fall of {'validation' if split == 'valid' else 'test'} perplexity per million added parameters")
+    print(f"gained per M: fall of {'validation' if split == 'valid' else 'test'} perplexity per million added")
 
 
 def plot(rows: list[dict], base: dict, path: str) -> None:
