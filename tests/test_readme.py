@@ -1,5 +1,6 @@
 """The README holds what it promises: its commands run, its files exist, its lengths and figures are true."""
 
+import importlib.util
 import re
 import shlex
 import subprocess
@@ -65,6 +66,8 @@ def test_commands_run(readme, here, gpt2_vocabulary, monkeypatch, capsys):
         assert program in ("python", "torchrun") and (script := words[0].split("/")[-1]) in shorter, words
         if shorter[script] is None:  # see test_hml.py, and test_harness.py: its tasks would be downloaded
             continue
+        if "--plot" in words and not importlib.util.find_spec("matplotlib"):
+            continue
         flags = [] if "--resume" in words or words[-1] == "--help" else shorter[script].split()
         from_scratch = "--upscale" in words and not {"none", "--base", "wikitext103"} & {*words} or "scratch" in words
         flags += ["--base_tokens", "256"] if script == "train.py" and from_scratch else []
@@ -75,7 +78,8 @@ def test_commands_run(readme, here, gpt2_vocabulary, monkeypatch, capsys):
 
 def test_files_it_names_exist(readme, root):
     names = re.findall(r"[`(]((?:[\w.]+/)*[\w.-]+\.(?:py|txt|md|svg|png|jsonl))[`)#]", readme)
-    assert len(names) > 10 and all((root / name).exists() for name in names), names
+    assert len(names) > 10
+    assert not [n for n in names if not (root / n).exists() and not (root / "experiments" / n).exists()]
 
 
 def test_flags_it_names_exist(readme, root):
