@@ -38,8 +38,6 @@ TIMEOUT = 30  # seconds without a byte, after which a download gives up
 CONVENTIONS = ("tokens", "hf", "lm-eval")
 
 # ---- Files and downloads ---------------------------------------------------------------------------------------------
-
-
 @contextmanager
 def written_whole(path: str) -> Iterator[str]:
     """Yields a temporary name, which becomes path at the end. A fault leaves path as it was; an OSError names it."""
@@ -107,8 +105,6 @@ def download(urls: list[str], path: str, size: int | None = None, sha256: str | 
 
 
 # ---- Tokenizers ------------------------------------------------------------------------------------------------------
-
-
 def vocab_size(tokenizer: str) -> int:
     """The number of token ids: gpt2 50257, gpt2:N N + 1, bytes 257; the last is <|endoftext|>. Else ValueError."""
     if tokenizer in ("bytes", "gpt2"):
@@ -139,7 +135,6 @@ def load_tokenizer(name: str) -> tiktoken.Encoding:
 
 
 # ---- Where the text is -----------------------------------------------------------------------------------------------
-
 SMERITY, PINNED = "https://wikitext.smerity.com/", "3555105b17ae31cc619a136fac72dbe2865c3738"
 WIKITEXT = {  # name: folder inside the zip, ending of its files, addresses, bytes, sha256
     "wikitext103": (
@@ -226,8 +221,6 @@ def find_source(name: str, split: str, data_dir: str) -> tuple[str, str | None]:
 
 
 # ---- Tokens ----------------------------------------------------------------------------------------------------------
-
-
 # One split, tokenized. tokens: uint16 memory map; words: one end-of-line each included; bytes: of the text.
 Split = namedtuple("Split", ("tokens", "words", "bytes"))
 
@@ -324,8 +317,6 @@ def load_pieces(name: str, split: str, tokenizer: str, data_dir: str, convention
 
 
 # ---- Batches ---------------------------------------------------------------------------------------------------------
-
-
 @lru_cache(maxsize=2)
 def epoch_order(windows: int, seed: int, epoch: int) -> np.ndarray:  # two are kept: a batch may straddle epochs
     return np.random.default_rng([seed, epoch]).permutation(windows)

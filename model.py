@@ -62,8 +62,6 @@ class GPTConfig:
 
 
 # ---- Blocks ----------------------------------------------------------------------------------------------------------
-
-
 class Heads(nn.Module):
     """Multi-head causal attention that stops before the output projection: head outputs stay apart."""
 
@@ -146,7 +144,6 @@ class MemoryBlock(nn.Module):
 
 
 # ---- The model -------------------------------------------------------------------------------------------------------
-
 GPT2_URL = "https://huggingface.co/openai-community/{}/resolve/main/pytorch_model.bin"
 GPT2_SHA256 = {"gpt2": "7c5d3f4b8b76583b422fcb9189ad6c89d5d97a094541ce8932dce3ecabde1421"}  # None known for the rest
 PRETRAINED = {  # OpenAI's four sizes: n_layer, n_head, n_embd, block_size, vocab_size
@@ -269,8 +266,6 @@ def count_parameters(model: GPT, blocks: tuple[int, ...] | None = None) -> dict[
 
 
 # ---- Checkpoints: a torch file, then the sha256 of it: torch.load would not notice a flipped bit, nor the 32 bytes ---
-
-
 def save_checkpoint(path: str, model: GPT, **info) -> None:
     """Writes the model's config and weights and `info` (plain types and tensors only) to path, whole or not at all."""
     with written_whole(path) as temporary:
@@ -315,8 +310,6 @@ def open_model(name_or_file: str, data_dir: str = "data") -> tuple[GPT, dict]:
 
 
 # ---- What every command shares ---------------------------------------------------------------------------------------
-
-
 def pick_device(name: str | None = None) -> torch.device:
     """The device called `name`, or the best there is. Raises ValueError if the machine does not have it."""
     have = ["mps", "cpu"] if torch.backends.mps.is_available() else ["cpu"]

@@ -35,8 +35,8 @@ from upscale import MEMORY, METHODS, PLACEMENT, add_arguments, amount, natural, 
 from upscale import upscale
 
 # ---- Settings: what flags leave open is filled in from the size of the model, and printed ----------------------------
-
 SHAPE = ("n_layer", "n_head", "n_embd")
+DIVERGED = "the loss or a gradient became NaN or infinite; try a lower --lr or --memory_lr"
 PRESETS = {  # base_*: the run that trains a base from scratch; tokens None: one epoch
     "tiny": dict(n_layer=4, n_head=4, n_embd=128, block_size=64, batch_size=16, grad_accum=1, base_lr=3e-3, lr=2e-3,
                  memory_lr=1e-2, base_tokens=1_600_000, tokens=800_000, n_keys=32, top_k=8, d_latent=32),
@@ -77,12 +77,12 @@ def parse_arguments() -> argparse.Namespace:
     group = parser.add_argument_group("machine")
     group.add_argument("--device", help="cpu, cuda or mps (default: the best there is)")
     group.add_argument("--dtype", choices=("float32", "bfloat16"), help="of autocast (default: bfloat16 where fast)")
-    group.add_argument("--compile", action="store_true", default=None, help="torch.compile the model")
+    group.add_argument("--compile", action=argparse.BooleanOptionalAction, help="torch.compile the model (default no)")
     group = parser.add_argument_group("files")
     group.add_argument("--out", type=new_file, default="ckpt.pt", help="checkpoint, losses beside it (default ckpt.pt)")
     group = group.add_mutually_exclusive_group()
     group.add_argument("--resume", action="store_true", help="go on with --out, with the settings it was begun with")
-    group.add_argument("--overwrite", action="store_true", help="start anew although --out exists")
+    group.add_argument("--overwrite", action="store_true", help="start anew although --out exists; it becomes OUT.old")
     return parser.parse_args()
 
 
@@ -143,8 +143,6 @@ def deepen(base: GPT, s: dict) -> GPT:
 
 
 # ---- Optimizer -------------------------------------------------------------------------------------------------------
-
-
 def make_optimizer(model: GPT, lr: float, memory_lr: float, weight_decay: float) -> torch.optim.AdamW:
     """AdamW over every trainable parameter, each in one group: matrices, vectors (biases, norms), banks.
 
@@ -170,8 +168,6 @@ def schedule(step: int, warmup: int, steps: int) -> float:
 
 
 # ---- Several processes (torchrun): each trains on its part of a batch; rank 0 evaluates, prints, writes --------------
-
-
 def join_ranks(device: torch.device) -> tuple[torch.device, int, int]:
     """This process's device, rank and the number of processes, as torchrun's environment variables say."""
     rank, ranks = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
@@ -194,24 +190,23 @@ def mean_over_ranks(values: list[float], device: torch.device) -> list[float]:
     """The mean of each value over all processes; waits for all of them."""
     if not dist.is_initialized():
         return values
-    tensor = torch.tensor(values, dtype=torch.float64, device=device)
+    tensor = torch.tensor(values, dtype=torch.float64, device=device if device.type == "cuda" else "cpu")
     dist.all_reduce(tensor)
     return (tensor / dist.get_world_size()).tolist()
 
 
 # ---- Training --------------------------------------------------------------------------------------------------------
-
-
 @contextmanager
 def graceful_stop() -> Iterator[list]:
-    """Yields a list that Ctrl-C or SIGTERM puts an entry in, so that the step can end; a second one stops at once."""
+    """Yields a list that Ctrl-C or SIGTERM puts an entry in, so that the step can end; Ctrl-C again stops at once."""
     stop = []
 
     def handler(signum, frame):
-        if stop:
+        if not stop:
+            tqdm.write("stopping after this step; Ctrl-C now stops at once, without saving")
+        elif signum == signal.SIGINT:  # not a second SIGTERM: torchrun adds its own to one that every process got
             raise KeyboardInterrupt
         stop.append(signum)
-        tqdm.write("stopping after this step; once more stops at once, without saving")
 
     old = {number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)}
     try:
@@ -237,7 +232,7 @@ def train_step(model: GPT, optimizer: torch.optim.AdamW, batch: list, dtype: tor
         kinds[group["name"] == "banks"] += group["params"]
     norms = [torch.nn.utils.clip_grad_norm_(parameters, 1.0) for parameters in kinds.values() if parameters]
     if not math.isfinite((total + sum(norms)).item()):
-        raise FloatingPointError("the loss or a gradient became NaN or infinite; try a lower --lr or --memory_lr")
+        raise FloatingPointError(DIVERGED)
     optimizer.step()
     optimizer.zero_grad()
     return total.item()
@@ -284,6 +279,8 @@ def fit(model: GPT, data: dict[str, Split], s: dict, state: dict, out: str, devi
             log.write(json.dumps(entry) + "\n")
             bar.update()
             if rank == 0 and (stopping or state["step"] % s["save_every"] == 0 or state["step"] == s["steps"]):
+                if not math.isfinite(sum_nll(model, some[: s["block_size"] + 1])[0]):  # a good loss, then a bad update
+                    raise FloatingPointError(DIVERGED)
                 state["optimizer"] = optimizer.state_dict()
                 save_checkpoint(out, model, **state)
                 log.flush()
@@ -293,15 +290,12 @@ def fit(model: GPT, data: dict[str, Split], s: dict, state: dict, out: str, devi
 
 
 # ---- One run ---------------------------------------------------------------------------------------------------------
-
-
 def scratch_base(s: dict, data: dict[str, Split], device: torch.device) -> GPT:
     """The base trained from scratch: a run of its own, kept under the data folder by a hash of all that shapes it."""
-    names = ("dataset", "tokenizer", "block_size", "batch_size", "grad_accum", "weight_decay", "seed", "dtype", *SHAPE)
-    own = {name: s[name] for name in names} | {"upscale": "none", "base": "scratch", "train": "all"}
+    names = ("dataset", "tokenizer", "text", "block_size", "batch_size", "grad_accum", "weight_decay", "seed", "dtype")
+    own = {name: s[name] for name in (*names, *SHAPE)} | {"upscale": "none", "base": "scratch", "train": "all"}
     own |= {"tokens": s["base_tokens"], "lr": s["base_lr"], "memory_lr": 0.0}  # it has no banks
-    source = os.path.basename(data["train"].tokens.filename)  # its name holds a hash of text and tokenizer
-    key = hashlib.sha256(json.dumps([own, source], sort_keys=True).encode()).hexdigest()[:12]
+    key = hashlib.sha256(json.dumps(own, sort_keys=True).encode()).hexdigest()[:12]
     path = kept(s["data_dir"], f"base-{key}.pt")
     if os.path.exists(path):
         model, state = load_checkpoint(path)
@@ -363,10 +357,10 @@ def main() -> None:
         if "step" not in state:
             raise ValueError(f"{args.out} was not written by train.py; name it as --base to train it")
         for name, value in vars(args).items():
-            free = name in ("data_dir", "device", "out", "resume", "overwrite")
-            if not free and value is not None and value != s.get(name):
+            if name in ("data_dir", "dtype", "compile", "grad_accum") and value is not None:  # another machine's
+                s[name] = os.path.abspath(value) if name == "data_dir" else value
+            elif name not in ("device", "out", "resume", "overwrite") and value not in (None, s.get(name)):
                 raise ValueError(f"--{name} contradicts {args.out}, begun with {s.get(name, 'none')}; drop the flag")
-        s["data_dir"] = os.path.abspath(args.data_dir or s["data_dir"])
     else:
         if os.path.exists(args.out) and not args.overwrite:
             raise ValueError(f"{args.out} exists; add --resume to go on with it, --overwrite to replace it, or --out")
@@ -379,7 +373,7 @@ def main() -> None:
         try:
             torch.compile(torch.sin)(torch.zeros(2, device=device))
         except Exception as error:  # each backend raises a kind of its own
-            raise ValueError(f"--compile does not work here, drop it: {str(error).splitlines()[0]}") from None
+            raise ValueError(f"--compile does not work here; say --no-compile: {str(error).splitlines()[0]}") from None
     print("settings:", ", ".join(f"{name} {value}" for name, value in s.items()))
     for first in (True, False):  # rank 0 downloads and tokenizes in the first turn, the others find it in the second
         if (rank == 0) == first:
@@ -388,6 +382,11 @@ def main() -> None:
                 base = GPT.from_pretrained(s["base"], s["data_dir"])
         mean_over_ranks([0.0], device)  # the others wait here for rank 0
     get_batch(data["train"].tokens, 0, s["batch_size"], s["block_size"], 0)  # refuses a split that is too short
+    text = os.path.basename(data["train"].tokens.filename)  # its name holds a hash of text and tokenizer
+    if s.setdefault("text", text) != text:
+        raise ValueError(f"{s['dataset']} in {s['data_dir']} is not the text {args.out} was begun with; see --data_dir")
+    if args.overwrite and rank == 0 and os.path.exists(args.out):
+        os.replace(args.out, f"{args.out}.old")
     if not args.resume:
         model, state = begin(s, data, device, base)
     del base  # up-scaling copied it

@@ -27,8 +27,6 @@ MEMORY = ("n_keys", "top_k", "d_latent", "query_norm")
 
 
 # ---- Where the new blocks go -----------------------------------------------------------------------------------------
-
-
 def place(
     n_layer: int, in_the_middle: bool, every: int | None = None, positions: list[int] | None = None,
     n_new: int | None = None,
@@ -63,8 +61,6 @@ def place(
 
 
 # ---- The methods: each says which block of the base every block of the new stack starts from -------------------------
-
-
 def interleave(n_layer: int, positions: list[int]) -> tuple[list[int], list[int]]:
     """Sources and new indices of a stack with, after each block named in positions, one new block made from it."""
     sources, new = [], []
@@ -158,8 +154,6 @@ def set_trainable(model: GPT, which: str) -> None:
 
 
 # ---- The command -----------------------------------------------------------------------------------------------------
-
-
 @torch.no_grad()
 def identity_gap(base: GPT, deeper: GPT, tokens: Tensor, dtype: torch.dtype) -> float:
     """The largest absolute difference of the two models' logits on tokens (B, T), computed in dtype (by autocast)."""

@@ -20,8 +20,6 @@ from upscale import assemble
 
 
 # ---- Other paths through the block -----------------------------------------------------------------------------------
-
-
 class OtherPath(MemoryBlock):
     """x + P(HML(a)) with a = heads(LN(x)); by flags: + a beside the memory (residual), LN(x) added to a before it
     (add_input), P a projection (C, C) without bias instead of the identity (proj)."""
@@ -76,8 +74,6 @@ def add_input_proj(model: GPT) -> None:
 
 
 # ---- No memory: what the same head outputs can bring without retrieval -----------------------------------------------
-
-
 class HeadsMap(nn.Module):
     """x + f(heads(LN(x))) for a dense f (B, T, C) -> (B, T, C) that starts at zero."""
 
@@ -108,8 +104,6 @@ def mlp(model: GPT) -> None:
 
 
 # ---- The generic memory block that HML improves on -------------------------------------------------------------------
-
-
 class ProductKeyMemory(nn.Module):
     """One memory for the whole hidden state [Lample et al. 2019]: H queries projected from it, values of width C shared
     by all of them, and their sum. x (B, T, C) -> (B, T, C). Unlike there: as many heads as the model has, no batch
@@ -152,8 +146,6 @@ def pkm(model: GPT) -> None:
 
 
 # ---- Other values than HIVE's ----------------------------------------------------------------------------------------
-
-
 class HeadTables(HIVE):
     """A value table (N, d_h) for each head, as one bank (H * N, d_h); nothing is shared and nothing projected."""
 
@@ -197,8 +189,6 @@ def shared_bank(model: GPT) -> None:
 
 
 # ---- Other queries and scores ----------------------------------------------------------------------------------------
-
-
 class Tempered(ProductKeys):
     """Product keys with a learned temperature per head: scores times exp(10 t), which starts as a given factor (10:
     else Adam could hardly move it in a few hundred steps)."""

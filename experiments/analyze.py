@@ -56,8 +56,6 @@ def hooked(hooks: list) -> Iterator[None]:
 
 
 # ---- 1. Usage --------------------------------------------------------------------------------------------------------
-
-
 def slots_holding(weight: Tensor, share: float) -> int:
     """How many slots, the busiest first, hold this share of the summed weight (N,)."""
     held = weight.sort(descending=True).values.cumsum(0) / weight.sum()
@@ -88,8 +86,6 @@ def usage_table(model: GPT, tokens: np.ndarray) -> list[dict]:
 
 
 # ---- 2. Heads --------------------------------------------------------------------------------------------------------
-
-
 def head_outputs(model: GPT, block: int, gate: Callable[[], Tensor]) -> torch.utils.hooks.RemovableHandle:
     """Multiplies the head outputs of a block, (B, T, H, d_h), by gate(), (B or 1, H): those of the memory in a memory
     block, those of attention, before c_proj, in a transformer block."""
@@ -149,22 +145,20 @@ def rank_correlation(a: Tensor, b: Tensor) -> float:
 
 
 # ---- 3. Fixed retrieval ----------------------------------------------------------------------------------------------
-
-
 def realisations(proj: Tensor, gram: Tensor) -> dict[str, Tensor]:
     """Ways to turn what heads read into values, each (H, d_v, d_h). proj: the trained W_h. gram (H, d_v, d_v): the sum
     of z_h^T z_h over tokens, by which one least-squares W for all heads comes nearest to all of their values."""
     H = proj.size(0)
-    gram = gram.double()
-    best = torch.linalg.pinv(gram.sum(0), hermitian=True) @ (gram @ proj.double()).sum(0)  # (d_v, d_h)
-    best = best.to(proj.dtype)
+    gram = gram.cpu().double()  # MPS has no float64
+    best = torch.linalg.pinv(gram.sum(0), hermitian=True) @ (gram @ proj.cpu().double()).sum(0)  # (d_v, d_h)
+    best = best.to(proj)
     return {"own W_h": proj, "mean W": proj.mean(0).expand(H, -1, -1), "W of the next head": proj.roll(-1, 0),
             "one W, least squares": best.expand(H, -1, -1), "none (memory off)": torch.zeros_like(proj)}  # fmt: skip
 
 
 def effective_rank(gram: Tensor) -> int:
     """How many directions hold 99% of the squared sum of the vectors whose m^T m this is; gram (C, C)."""
-    s = torch.linalg.eigvalsh(gram.double()).flip(0).clamp(min=0)
+    s = torch.linalg.eigvalsh(gram.cpu().double()).flip(0).clamp(min=0)
     return int((s.cumsum(0) < 0.99 * s.sum()).sum()) + 1 if s.sum() > 0 else 0
 
 
@@ -202,7 +196,7 @@ def fixed_retrieval(model: GPT, tokens: np.ndarray) -> list[dict]:
                     model.h[i].memory.hive.proj.copy_(ways[i][way])
                 values = {}
                 with hooked([model.h[i].memory.register_forward_hook(
-                    lambda module, inputs, m, i=i: values.update({i: m.flatten(0, 1).double()})) for i in blocks]
+                    lambda module, inputs, m, i=i: values.update({i: m.flatten(0, 1).cpu().double()})) for i in blocks]
                 ):  # fmt: skip
                     losses[way] += model(x, y)[1].item() * len(x)
                 for i, m in values.items():  # m (B*T, C)
@@ -216,8 +210,6 @@ def fixed_retrieval(model: GPT, tokens: np.ndarray) -> list[dict]:
 
 
 # ---- 4. What a slot holds --------------------------------------------------------------------------------------------
-
-
 @torch.no_grad()
 def busiest_slots(
     model: GPT, tokens: np.ndarray, block: int, head: int, slots: int = 4, examples: int = 4
@@ -248,8 +240,6 @@ def busiest_slots(
 
 
 # ---- 5. Cost ---------------------------------------------------------------------------------------------------------
-
-
 def cost(model: GPT) -> list[dict]:
     """For each kind of block: parameters stored, and parameters read to compute one token. A transformer block reads
     all it has; a memory block reads k entries of the bank per head (heads may share some, which is not counted), and
@@ -267,8 +257,6 @@ def cost(model: GPT) -> list[dict]:
 
 
 # ---- The command -----------------------------------------------------------------------------------------------------
-
-
 def print_table(title: str, rows: list[dict]) -> None:
     """A Markdown table; numbers to four digits."""
     print(f"\n### {title}\n\n| {' | '.join(rows[0])} |\n|{' --- |' * len(rows[0])}")

@@ -72,8 +72,6 @@ def average(base: GPT, n_new: int) -> GPT:
 
 
 # ---- OpT-DeUS: neurons that do the same thing sit in different places; find who is whose before averaging ------------
-
-
 def transport_plan(first: Tensor, second: Tensor, reg: float = 0.06, rounds: int = 100) -> Tensor:
     """How much of each row of first (m, d) goes into each row of second (m, d): (m, m), plan[j, i] for second's row j,
     each row summing to 1. Sinkhorn's algorithm [Cuturi 2013] in logarithms; cost: L2 distance; uniform marginals."""
@@ -137,8 +135,6 @@ def opt_deus(base: GPT, n_new: int) -> GPT:
 
 
 # ---- LESA: blocks share a basis, in which what lies between two can be learned from all triples of blocks ------------
-
-
 def matrices(block: TransformerBlock) -> list[Tensor]:
     """The block's matrices (out, in), Q, K and V apart, as views that can be written to."""
     wide = (block.attn.c_proj, block.mlp.c_fc, block.mlp.c_proj)

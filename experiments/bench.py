@@ -7,8 +7,8 @@ What a memory block costs: against a copied block, against other memory layers, 
 
 Machines are noisy, so what counts are ratios: the contestants run in turn, each repetition gives one ratio, and the
 median stands with the smallest and largest in brackets. On a CPU with one thread, time is process time, else wall
-time. Memory is the growth of the process's peak (Linux), or the peak that CUDA
-reports. Parameters, operations and bytes are counted, not measured. Shape names: see hml.py.
+time. Memory is the growth of the process's peak (Linux), or the peak that CUDA reports. Parameters, operations and
+bytes are counted, not measured. Shape names: see hml.py.
 """
 
 import argparse
@@ -44,8 +44,6 @@ C, H, D_V = 768, 12, 64  # GPT-2 124M's width and heads; the latent width of its
 
 
 # ---- Measuring -------------------------------------------------------------------------------------------------------
-
-
 class Bench:
     """Where and how to measure: device, dtype (by autocast), threads, repetitions."""
 
@@ -149,8 +147,6 @@ def infer(module: nn.Module, *inputs) -> Callable[[], None]:
 
 
 # ---- 1. Block against block ------------------------------------------------------------------------------------------
-
-
 def block_costs(T: int, n: int, k: int) -> dict[str, dict[str, float]]:
     """Counted, per token, forward: parameters, multiply-adds (mean over T), and bytes of parameters read (fp32)."""
     attention = T / 2 * C * 2  # scores and weighted sum over the tokens so far
@@ -222,8 +218,6 @@ def blocks(b: Bench, quick: bool) -> list[dict]:
 
 
 # ---- 2. HML against other memory layers ------------------------------------------------------------------------------
-
-
 class Textbook(HeadwiseMemory):
     """The same layer as usually written: all k * k sums, a table of their slots, gather and einsum."""
 
@@ -252,7 +246,7 @@ def layers(b: Bench, quick: bool) -> list[dict]:
         try:
             from product_key_memory import PKM
 
-            theirs = PKM(C, heads=H, num_keys=n, topk=k, dim_head=C // H).to(b.device)
+            theirs = PKM(C, heads=H, num_keys=n, topk=k, dim_head=C // H // 2).to(b.device)  # of a half key
             x = torch.randn(1, T, C, device=b.device, requires_grad=True)
             functions["product-key-memory"] = step(theirs, x)
         except ImportError:
@@ -268,8 +262,6 @@ def layers(b: Bench, quick: bool) -> list[dict]:
 
 
 # ---- 3. Whole model --------------------------------------------------------------------------------------------------
-
-
 def frozen_ceiling(model: GPT, T: int) -> float:
     """By how much freezing the base can speed training up, counting multiply-adds: all / new only.
 
@@ -375,8 +367,6 @@ def overhead(b: Bench, quick: bool) -> list[dict]:
 
 
 # ---- 4. Where the time goes ------------------------------------------------------------------------------------------
-
-
 def profile(b: Bench, quick: bool) -> list[dict]:
     """The parts of HML's forward, each beside the bound that memory or arithmetic sets on this machine."""
     a = torch.randn(512 if quick else 2048, 512 if quick else 2048, device=b.device)
@@ -429,8 +419,6 @@ def profile(b: Bench, quick: bool) -> list[dict]:
 
 
 # ---- 5. How the cost grows -------------------------------------------------------------------------------------------
-
-
 def growth(b: Bench, quick: bool) -> list[dict]:
     """Time and memory of HML as one of n_keys, top_k, T, H grows and the rest stays."""
     standard, rows = {"n": 128, "k": 16, "T": 512, "H": 12}, []
@@ -455,8 +443,6 @@ def growth(b: Bench, quick: bool) -> list[dict]:
 
 
 # ---- 6. What training GPT-2 124M holds in memory ---------------------------------------------------------------------
-
-
 def saved(b: Bench, quick: bool) -> list[dict]:
     """Counted, not measured: weights, gradients + Adam, and what autograd keeps for backward (bf16 autocast)."""
     base = GPT(GPTConfig(2, 2, 128, 64, 257) if quick else PRETRAINED["gpt2"])

@@ -8,12 +8,12 @@ Which way to deepen a model is worth most? Every method on one base, with the sa
 A method is `none`, one of upscale.py (midus, llama-pro, solar), of baselines.py (stack, stack-top, average, opt-deus,
 lesa), or of ablations.py (residual, proj-copied, pkm, ...); after a colon options of its own, joined by commas in a
 shell's quotes and told apart by `=`: midus:n_keys=64,top_k=16,positions=1+3,memory_lr=3e-2,tokens=1e6 (or n_new=2).
-`none` inserts nothing and trains the blocks that llama-pro would have copied. solar, stack, average and lesa were
-published with every block trained: see --train all.
+`none` inserts nothing and trains the blocks that llama-pro would have copied. solar, stack and lesa were published
+with every block trained: see --train all.
 
 The learning rate of each method is chosen among --lrs on seed 0 by the validation split; figures are of the seeds from
 1 on, whose test split is read once, at the end. A run that is in the results file (same base, text, configuration and
-seed) is not run again; what a method's code does is not part of that, so after changing one, delete its lines. Runs go
+seed) is not run again; what the code does is not part of that, so after changing some, delete its lines. Runs go
 --jobs at a time, each in a process with its share of the threads. Shape names: see hml.py.
 """
 
@@ -56,8 +56,6 @@ PLACED = ("none", "llama-pro", "midus", *VARIANTS)  # take positions
 
 
 # ---- A method, from its name -----------------------------------------------------------------------------------------
-
-
 def parse(text: str) -> list[tuple[str, dict]]:
     """"midus:n_keys=64,top_k=8,solar" -> [("midus", {"n_keys": 64, "top_k": 8}), ("solar", {})]. ValueError if not."""
     methods = []
@@ -108,8 +106,6 @@ def build(base: GPT, method: str, options: dict, n_new: int, memory: dict) -> tu
 
 
 # ---- One run ---------------------------------------------------------------------------------------------------------
-
-
 def look(model: GPT, batch: list, dtype: torch.dtype) -> dict:
     """Inside the memory on one batch, as training sees it: gradient norms by kind of parameter, entropy of the weights
     (nats), slots in use. Changes nothing."""
@@ -199,8 +195,6 @@ def is_new(name: str, new: tuple) -> bool:
 
 
 # ---- Many runs -------------------------------------------------------------------------------------------------------
-
-
 def read_results(path: str) -> list[dict]:
     """The finished runs. What a fault left of a last line is cut off, so that the next can be appended. Raises
     ValueError, and changes nothing, if the file is something else."""
@@ -211,7 +205,7 @@ def read_results(path: str) -> list[dict]:
         end = text.rfind(b"\n") + 1
         try:
             done = [json.loads(line) for line in text[:end].splitlines()]
-            assert text.startswith(b"{") and all({"name", "lr", "seed", "valid"} <= run.keys() for run in done)
+            assert text[:1] in (b"", b"{") and all({"name", "lr", "seed", "valid"} <= run.keys() for run in done)
         except (ValueError, AttributeError, AssertionError):
             raise ValueError(f"{path} is not a results file of this script; name another with --results") from None
         file.truncate(end)
@@ -277,8 +271,6 @@ def best_lr(config: dict, lrs: list[float], done: list[dict]) -> float | None:
 
 
 # ---- What to measure by: the base, and a model of three tokens -------------------------------------------------------
-
-
 def trigram_perplexity(train: np.ndarray, test: np.ndarray, discount: float = 0.75) -> float:
     """Token-level perplexity of an interpolated Kneser-Ney trigram model [Kneser and Ney 1995] with one discount:
     p(w|uv) = (c(uvw) - D)+ / c(uv) + D distinct(uv.) / c(uv) p(w|v), below with counts of distinct contexts."""
@@ -328,7 +320,8 @@ def print_rows(rows: list[dict], base: dict) -> None:
         for figure in ("valid", "test_perplexity"):
             cells.append(f"{r[figure]:.2f}" + (f" ± {r[f'{figure}_spread']:.2f}" if r["runs"] > 1 else ""))
         cells += [f"{r['rate']:,.0f}", f"{r['memory_mib']:.0f}"]
-        cells.append(f"{(base[split] - r[split]) / r['added'] * 1e6:.2f}" if r["added"] else "-")
+        alone = r["added"] and r["train"] == "new"  # else more than the added parameters won it
+        cells.append(f"{(base[split] - r[split]) / r['added'] * 1e6:.2f}" if alone else "-")
         if r["diverged"]:
             cells[0] += f" ({r['diverged']} of {r['runs']} diverged)"
         print("| " + " | ".join(cells).replace("nan", "-") + " |")

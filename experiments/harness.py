@@ -71,7 +71,7 @@ class Adapter(TemplateLM):
                     raise ValueError(f"a continuation of {n} tokens does not fit the model's {size} positions")
                 logp = logits[len(row) - 1 - n : len(row) - 1].float().log_softmax(dim=-1)  # (n, vocab)
                 target = torch.tensor(row[len(row) - n :], dtype=torch.int64, device=device)  # (n,)
-                total = logp.gather(1, target[:, None]).double().sum().item()
+                total = logp.gather(1, target[:, None]).cpu().double().sum().item()
                 results[i] = total, torch.equal(logp.argmax(dim=1), target)
         return [results[i] for i in range(len(requests))]
 

@@ -33,8 +33,6 @@ def tokens():
 
 
 # ---- bench.py --------------------------------------------------------------------------------------------------------
-
-
 def test_bench_runs_and_prints_every_table(root, tmp_path):
     tables = ["saved", "blocks", "layers", "overhead", "profile"]
     run = subprocess.run(
@@ -66,8 +64,6 @@ def test_the_textbook_form_computes_the_same():
 
 
 # ---- baselines.py ----------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("L", range(2, 14))
 def test_gaps_of_the_top_half(L):
     for n_new in range(1, L):
@@ -141,8 +137,6 @@ def test_lesa_learns_what_lies_between():
 
 
 # ---- ablations.py ----------------------------------------------------------------------------------------------------
-
-
 @pytest.mark.parametrize("name", ["stacked", *ablations.VARIANTS])
 def test_variants_start_as_the_base_and_learn(base, tokens, name):
     model, _ = compare.build(base, name, {}, 2, MEMORY)
@@ -176,8 +170,6 @@ def test_the_product_key_memory_by_hand(base):
 
 
 # ---- compare.py ------------------------------------------------------------------------------------------------------
-
-
 def test_methods_are_read_from_text():
     text = "midus:n_keys=64,memory_lr=3e-2,llama-pro:positions=1+3,none"
     assert compare.parse(text) == [
@@ -243,6 +235,8 @@ def test_the_comparison_runs_once(tmp_path, monkeypatch, capsys):
     redone = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
     assert len(runs) == 1 and len(redone) == 6
     assert [line["valid"] for line in redone] == [line["valid"] for line in lines]
+    (tmp_path / "results.jsonl").write_text(results[:5])  # the same to the first line, and stopped right after
+    assert [compare.read_results("results.jsonl") for _ in range(2)] == [[], []]
 
 
 def test_a_run_is_what_a_plain_loop_gives(tmp_path):

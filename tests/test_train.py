@@ -239,6 +239,20 @@ def test_nan_ends_a_run_with_a_sentence_and_keeps_the_last_checkpoint(here, monk
     assert info["step"] == 8 and model.ln_f.bias.isfinite().all()
 
 
+def test_a_bad_update_after_a_good_loss_is_not_saved(here, monkeypatch, capsys):
+    original = train.train_step
+
+    def worse(model, *rest):
+        loss = original(model, *rest)
+        model.wte.weight.data *= 1e30  # finite, but what the model says is not
+        return loss
+
+    monkeypatch.setattr(train, "train_step", worse)
+    assert call(monkeypatch, *command(*TINY[:-2], "--tokens", "64", "--eval_every", "9")) == 1
+    assert capsys.readouterr().err.startswith("error: the loss or a gradient became NaN")
+    assert not os.path.exists("ckpt.pt")
+
+
 @pytest.mark.parametrize(
     "flags, sentence",
     [
@@ -292,12 +306,27 @@ def test_resume_refuses_what_contradicts_the_checkpoint(here, monkeypatch, capsy
     save_checkpoint("plain.pt", make())
     assert call(monkeypatch, "train.py", "--resume", "--out", "plain.pt") == 2
     assert "was not written by train.py" in capsys.readouterr().err
+    flags = ("--grad_accum", "2", "--dtype", "float32", "--no-compile")  # another machine may need these
+    assert call(monkeypatch, "train.py", "--resume", *flags) == 0
+    assert "grad_accum 2" in capsys.readouterr().out
+    (here / "data" / "wiki.train.tokens").write_text("another text\n" * 100)
+    assert call(monkeypatch, "train.py", "--resume") == 2
+    assert "is not the text ckpt.pt was begun with" in capsys.readouterr().err
+
+
+def test_overwrite_moves_the_old_file_aside(here, monkeypatch):
+    """Otherwise a run that is killed before its first checkpoint would be resumed as the one before."""
+    assert call(monkeypatch, *command(*TINY[:-2], "--tokens", "64")) == 0
+    old = open("ckpt.pt", "rb").read()
+    monkeypatch.setattr(train, "train_step", lambda *args: (_ for _ in ()).throw(KeyboardInterrupt))
+    assert call(monkeypatch, *command(*TINY[:-2], "--tokens", "640", "--overwrite")) == 130
+    assert open("ckpt.pt.old", "rb").read() == old and not os.path.exists("ckpt.pt")
 
 
 def test_compile_without_a_compiler_is_refused(here, monkeypatch, capsys):
     monkeypatch.setattr(torch, "compile", lambda f: (_ for _ in ()).throw(RuntimeError("no compiler\nand more")))
     assert call(monkeypatch, *command(*TINY, *MIDUS, "--compile")) == 2
-    assert capsys.readouterr().err == "error: --compile does not work here, drop it: no compiler\n"
+    assert capsys.readouterr().err == "error: --compile does not work here; say --no-compile: no compiler\n"
 
 
 def test_a_text_that_is_too_short_is_refused(here, monkeypatch, capsys):
