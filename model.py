@@ -211,7 +211,7 @@ class GPT(nn.Module):
                 feed = tokens[:, -max(1, self.config.block_size // 2) :]
             logits = self(feed, cache=cache)[0][:, -1]  # (B, vocab)
             used += feed.size(1)
-            if temperature == 0:
+            if temperature < 1e-6:  # dividing by less would overflow
                 feed = logits.argmax(dim=-1, keepdim=True)  # (B, 1)
             else:
                 if top_k is not None:
