@@ -324,7 +324,7 @@ def print_rows(rows: list[dict], base: dict) -> None:
         cells.append(f"{(base[split] - r[split]) / r['added'] * 1e6:.2f}" if alone else "-")
         if r["diverged"]:
             cells[0] += f" ({r['diverged']} of {r['runs']} diverged)"
-        print("| " + " | ".join(cells).replace("nan", "-") + " |")
+        print("| " + " | ".join(cells).replace("nan ± nan", "-").replace("nan", "-") + " |")
     print("\n±: half the range over seeds; MiB: what training takes beside the weights")
     print(f"gained per M: fall of {'validation' if split == 'valid' else 'test'} perplexity per million added")
 
