@@ -57,7 +57,7 @@ def sum_nll(
         batch = torch.from_numpy(batch).to(device)  # (B, T + 1)
         logits = model(batch[:, :-1])[0].float()  # (B, T, vocab)
         nll = F.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten(), reduction="none").view(len(group), -1)
-        for start, row in zip(group, nll.cpu().double()):  # row (T,)
+        for start, row in zip(group, nll.cpu().double()):  # row (T,); MPS has no float64
             total += row[done - start :].sum().item()  # the windows before have scored up to here
             done = start + len(row)
     return total, len(tokens) - 1

@@ -52,7 +52,7 @@ def parse_arguments() -> argparse.Namespace:
     group = parser.add_argument_group("what")
     group.add_argument("--upscale", choices=("none", *METHODS), help="how the base becomes deeper (default none)")
     group.add_argument("--dataset", choices=DATASETS, help="(default: the base's own, or pydocs)")
-    group.add_argument("--data_dir", help="folder for data, caches and the tiny base (default ./data)")
+    group.add_argument("--data_dir", type=os.path.abspath, help="for data, caches, the tiny base (default ./data)")
     group.add_argument("--tokenizer", help="gpt2, gpt2:N or bytes (default: the base's; for scratch: by dataset)")
     group.add_argument("--base", help="scratch, a checkpoint, a .bin file, gpt2, ... (pydocs: scratch, else gpt2)")
     group.add_argument("--train", help="what learns: new (midus, llama-pro), all (else), or blocks, from 1: 2,4,6")
@@ -358,7 +358,7 @@ def main() -> None:
             raise ValueError(f"{args.out} was not written by train.py; name it as --base to train it")
         for name, value in vars(args).items():
             if name in ("data_dir", "dtype", "compile", "grad_accum") and value is not None:  # another machine's
-                s[name] = os.path.abspath(value) if name == "data_dir" else value
+                s[name] = value
             elif name not in ("device", "out", "resume", "overwrite") and value not in (None, s.get(name)):
                 raise ValueError(f"--{name} contradicts {args.out}, begun with {s.get(name, 'none')}; drop the flag")
     else:
@@ -382,7 +382,7 @@ def main() -> None:
                 base = GPT.from_pretrained(s["base"], s["data_dir"])
         mean_over_ranks([0.0], device)  # the others wait here for rank 0
     get_batch(data["train"].tokens, 0, s["batch_size"], s["block_size"], 0)  # refuses a split that is too short
-    text = os.path.basename(data["train"].tokens.filename)  # its name holds a hash of text and tokenizer
+    text = os.path.basename(data["train"].tokens.filename)  # holds a hash of text and tokenizer; a resume compares it
     if s.setdefault("text", text) != text:
         raise ValueError(f"{s['dataset']} in {s['data_dir']} is not the text {args.out} was begun with; see --data_dir")
     if args.overwrite and rank == 0 and os.path.exists(args.out):
