@@ -2,18 +2,22 @@
 What a checkpoint is worth: perplexities, cost, and how much of its memory it uses.
 
     python eval.py ckpt.pt                      test split of the data it was trained on
-    python eval.py gpt2 --stride 512            published GPT-2 on WikiText-103's test split, overlapping windows
+    python eval.py gpt2 --stride 512            published GPT-2 on WikiText-103, overlapping windows
     python eval.py ckpt.pt --prompt "Once"      samples instead
 
-Perplexity has several names; they differ in what they divide by. With NLL the summed negative log-likelihood of the
-split, in nats:  token-level exp(NLL / tokens), which depends on the tokenizer;  word-level exp(NLL / words), which
-does not;  bits per byte NLL / ln 2 / bytes. Shape names: see hml.py.
+Perplexity has several names; they differ in what they divide by. With NLL the summed negative
+log-likelihood of the split, in nats:
+
+    token-level   exp(NLL / tokens)     depends on the tokenizer
+    word-level    exp(NLL / words)      does not
+    bits per byte NLL / ln 2 / bytes    does not
+
+In order: perplexity, use of the memory, the report, samples. Shape names: see hml.py.
 """
 
 import argparse
 import json
 import math
-import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -24,224 +28,272 @@ import torch.nn.functional as F
 from torch import Tensor
 from tqdm import tqdm
 
-from data import CONVENTIONS, DATASETS, SPLITS, Split, get_batch, load_pieces, load_tokenizer, written_whole
-from model import GPT, count_parameters, open_model, pick_device, run_command
-from upscale import amount, natural, new_file
+import common
+from data import DATASETS, SPLITS, Split, check_vocabulary, load_dataset, load_tokenizer
+from model import GPT, count_parameters, open_model
+
+
+# ---- Perplexity ----------------------------------------------------------------------------------
+def windows_at_once(model: GPT) -> int:
+    """How many windows make a batch: as many as a CPU's caches like (512 tokens); on a GPU 32."""
+    block_size = model.config.block_size
+    on_cpu = model.wte.weight.device.type == "cpu"
+    wanted = 512 // block_size if on_cpu else 32
+    largest = 2**28 // (block_size * model.config.vocab_size)  # 1 GiB of fp32 logits
+    return max(1, min(wanted, largest))
 
 
 @torch.no_grad()
 def sum_nll(
-    model: GPT, tokens: np.ndarray, stride: int | None = None, desc: str = "evaluating", at_once: int | None = None
+    model: GPT,
+    tokens: np.ndarray,
+    stride: int | None = None,
+    desc: str = "evaluating",
+    at_once: int | None = None,
 ) -> tuple[float, int]:
-    """Summed negative log-likelihood, in nats and float64, of every token after the first; and how many those are.
+    """Summed negative log-likelihood of every token after the first, and how many those are.
 
-    Windows of block_size tokens start `stride` apart (default: block_size, no overlap); the last is moved back to end
-    with the text. A window scores what no earlier one has, so each token counts exactly once, with at least block_size
-    - stride tokens before it once the text is that far in. at_once windows make a batch (default: 32; on a CPU 512
-    tokens), 2^28 logits at most. Raises ValueError for a bad stride or fewer than two tokens.
+    In nats, added up in float64. Windows of block_size tokens start `stride` apart (default:
+    block_size, no overlap); the last is moved back to end with the text. A window scores what no
+    earlier one has, so each token counts exactly once, with at least block_size - stride tokens
+    before it once the text is that far in. at_once: windows in a batch. Raises ValueError for a
+    stride that cannot be, or fewer than two tokens.
     """
-    size, device = model.config.block_size, model.wte.weight.device
-    stride = size if stride is None else stride
-    if not 1 <= stride <= size:
-        raise ValueError(f"stride must lie between 1 and the window, {size}; got {stride}")
+    block_size = model.config.block_size
+    device = model.wte.weight.device
+    stride = block_size if stride is None else stride
+    if not 1 <= stride <= block_size:
+        raise ValueError(f"stride must lie between 1 and the window, {block_size}; got {stride}")
     if len(tokens) < 2:
         raise ValueError("the split has fewer than two tokens; there is nothing to predict")
-    final = max(0, len(tokens) - 1 - size)  # where the last window starts
-    starts = [*range(0, final, stride), final]
-    at_once = at_once or (512 // size if device.type == "cpu" else 32)  # as large as a CPU's caches like
-    rows = max(1, min(at_once, 2**28 // (size * model.config.vocab_size)))
-    total, done = 0.0, 0
-    for first in tqdm(range(0, len(starts), rows), desc=desc, unit="batch", disable=None, leave=False):
-        group = starts[first : first + rows]
-        batch = np.stack([tokens[start : start + size + 1] for start in group]).astype(np.int64)
-        batch = torch.from_numpy(batch).to(device)  # (B, T + 1)
-        logits = model(batch[:, :-1])[0].float()  # (B, T, vocab)
-        nll = F.cross_entropy(logits.flatten(0, 1), batch[:, 1:].flatten(), reduction="none").view(len(group), -1)
-        for start, row in zip(group, nll.cpu().double()):  # row (T,); MPS has no float64
-            total += row[done - start :].sum().item()  # the windows before have scored up to here
-            done = start + len(row)
+
+    last_start = max(0, len(tokens) - 1 - block_size)
+    starts = [*range(0, last_start, stride), last_start]
+    at_once = at_once or windows_at_once(model)
+    total = 0.0
+    scored = 0  # targets so far
+    for first in tqdm(
+        range(0, len(starts), at_once), desc=desc, unit="batch", disable=None, leave=False
+    ):
+        group = starts[first : first + at_once]
+        rows = [tokens[start : start + block_size + 1] for start in group]
+        batch = torch.from_numpy(np.stack(rows).astype(np.int64)).to(device)  # (B, T + 1)
+        logits = model(batch[:, :-1]).float()  # (B, T, vocab)
+        targets = batch[:, 1:]  # (B, T)
+        nll = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none")
+        nll = nll.view(targets.shape).cpu().double()  # (B, T); MPS has no float64
+
+        # What the windows before have scored is skipped.
+        for start, window in zip(group, nll):
+            total += window[scored - start :].sum().item()
+            scored = start + len(window)
     return total, len(tokens) - 1
 
 
-def perplexity(nll: float, tokens: int) -> float:
-    """exp(nll / tokens), or infinity where no float is large enough."""
-    return math.inf if nll / tokens > 700 else math.exp(nll / tokens)
+def perplexity(nll: float, count: int) -> float:
+    """exp(nll / count), or infinity where no float is large enough."""
+    return math.exp(nll / count) if nll / count < 700 else math.inf
 
 
+# ---- Use of the memory ---------------------------------------------------------------------------
 @contextmanager
-def count_usage(model: GPT) -> Iterator[dict]:
-    """Counts what every memory block reads while the context is open; yields {block index: counts}.
+def count_usage(model: GPT) -> Iterator[dict[int, dict[str, Tensor]]]:
+    """Counts what every memory block reads while the context is open; yields {block: counts}.
 
-    counts: top1 and topk (H, N), how often a slot was a head's best, or was read at all (twice, where windows overlap);
-    weight (H, N), the summed weights. The figures of Lample et al. 2019, section 4, follow: see usage().
+    counts, each (H, N): top1, how often a slot was a head's best; topk, how often it was read at
+    all (twice, where windows overlap); weight, its summed weights. See usage() for what follows.
     """
-    config, counts, hooks = model.config, {}, []
+    n_head = model.config.n_head
+    n_slots = model.config.n_keys**2
+    counts = {}
+    hooks = []
 
-    def hook(block: int):
+    def watch(block: int) -> None:
+        counts[block] = {
+            name: torch.zeros(n_head, n_slots, dtype=torch.float64)
+            for name in ("top1", "topk", "weight")
+        }
+
         def add(module, inputs, reads: tuple[Tensor, Tensor]) -> None:
-            weights, slots = (part.detach().flatten(0, 1).transpose(0, 1).cpu() for part in reads)  # (H, B*T, k)
-            for head in range(config.n_head):
-                n, w, s = config.n_keys**2, weights[head], slots[head]  # w, s (B*T, k), best first
-                counts[block]["top1"][head] += torch.bincount(s[:, 0], minlength=n)
-                counts[block]["topk"][head] += torch.bincount(s.flatten(), minlength=n)
-                counts[block]["weight"][head] += torch.bincount(s.flatten(), w.flatten().double(), minlength=n)
+            weights, slots = (part.detach().flatten(0, 1).cpu() for part in reads)  # (B*T, H, k)
+            for head in range(n_head):
+                best = slots[:, head, 0]  # (B*T,)
+                read = slots[:, head].flatten()  # (B*T * k,)
+                weight = weights[:, head].flatten().double()  # (B*T * k,)
+                counts[block]["top1"][head] += torch.bincount(best, minlength=n_slots)
+                counts[block]["topk"][head] += torch.bincount(read, minlength=n_slots)
+                counts[block]["weight"][head] += torch.bincount(read, weight, minlength=n_slots)
 
-        return add
+        hooks.append(model.h[block].memory.product_keys.register_forward_hook(add))
 
-    for i, kind in enumerate(config.blocks):
+    for block, kind in enumerate(model.config.blocks):
         if kind == "M":
-            zero = torch.zeros(config.n_head, config.n_keys**2, dtype=torch.float64)
-            counts[i] = {name: zero.clone() for name in ("top1", "topk", "weight")}
-            hooks.append(model.h[i].memory.product_keys.register_forward_hook(hook(i)))
+            watch(block)
     try:
         yield counts
     finally:
-        for handle in hooks:
-            handle.remove()
+        for hook in hooks:
+            hook.remove()
 
 
 def usage(counts: dict[str, Tensor]) -> dict[str, float]:
-    """Means over heads: share of slots ever best (top1) or read (topk); KL of the summed weights to uniform, in nats.
+    """Figures of Lample et al. 2019, section 4: means over heads, from counts of one block.
 
-    KL = log N + sum z log z is 0 if all slots are used alike and log N if one slot takes all.
+    top1, topk: share of slots that were ever best, or read. kl: of the summed weights z to uniform,
+    log N + sum z log z, in nats; 0 if all slots are used alike, log N if one slot takes all.
     """
-    z = counts["weight"] / counts["weight"].sum(dim=1, keepdim=True)  # (H, N)
-    kl = math.log(z.size(1)) + torch.special.xlogy(z, z).sum(dim=1).mean().item()
-    return {"top1": (counts["top1"] > 0).double().mean().item(),
-            "topk": (counts["topk"] > 0).double().mean().item(), "kl": kl}  # fmt: skip
+    weight = counts["weight"]
+    z = weight / weight.sum(dim=1, keepdim=True)  # (H, N)
+    negative_entropy = torch.special.xlogy(z, z).sum(dim=1)  # (H,)
+    return {
+        "top1": (counts["top1"] > 0).double().mean().item(),
+        "topk": (counts["topk"] > 0).double().mean().item(),
+        "kl": math.log(z.size(1)) + negative_entropy.mean().item(),
+    }
 
 
-def peak_memory(device: torch.device) -> int:
-    """Bytes: the most that tensors took on a GPU, elsewhere the most the whole process took; 0 if not known."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    try:
-        import resource  # not on Windows
-    except ImportError:
-        return 0
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
-
-
-def evaluate(model: GPT, pieces: list[np.ndarray], words: int, size: int, stride: int | None) -> dict:
-    """All figures of a text of so many words and bytes: perplexities, tokens per second, usage of each memory block."""
+# ---- The report ----------------------------------------------------------------------------------
+def evaluate(model: GPT, split: Split, stride: int | None = None) -> dict:
+    """All figures of one split: perplexities, tokens per second, use of each memory block."""
     start = time.perf_counter()
     with count_usage(model) as counts:
-        sums = [sum_nll(model, piece, stride) for piece in tqdm(pieces, unit="piece", disable=None)]
+        nll, tokens = sum_nll(model, split.tokens, stride)
     seconds = time.perf_counter() - start
-    nll, tokens = (sum(column) for column in zip(*sums))
     return {
-        "tokens": tokens, "words": words, "bytes": size, "nll": nll,
-        "token_perplexity": perplexity(nll, tokens), "word_perplexity": perplexity(nll, words),
-        "bits_per_byte": nll / math.log(2) / size, "tokens_per_second": tokens / seconds,
-        "peak_memory": peak_memory(model.wte.weight.device),
-        "usage": {block: usage(c) for block, c in counts.items()},
-    }  # fmt: skip
+        "tokens": tokens,
+        "words": split.words,
+        "bytes": split.bytes,
+        "nll": nll,
+        "token_perplexity": perplexity(nll, tokens),
+        "word_perplexity": perplexity(nll, split.words),
+        "bits_per_byte": nll / math.log(2) / split.bytes,
+        "tokens_per_second": tokens / seconds,
+        "peak_memory": common.peak_memory(model.wte.weight.device),
+        "usage": {block: usage(reads) for block, reads in counts.items()},
+    }
 
 
 def print_report(report: dict) -> None:
-    print(f"token-level perplexity  {report['token_perplexity']:.3f}   exp(NLL / {report['tokens']:,} tokens)")
-    print(f"word-level perplexity   {report['word_perplexity']:.3f}   exp(NLL / {report['words']:,} words)")
-    print(f"bits per byte           {report['bits_per_byte']:.4f}   NLL / ln 2 / {report['bytes']:,} bytes")
-    print(f"tokens/s                {report['tokens_per_second']:,.0f}   counting of memory reads included")
+    tokens = f"exp(NLL / {report['tokens']:,} tokens)"
+    words = f"exp(NLL / {report['words']:,} words)"
+    size = f"NLL / ln 2 / {report['bytes']:,} bytes"
+    print(f"token-level perplexity  {report['token_perplexity']:.3f}   {tokens}")
+    print(f"word-level perplexity   {report['word_perplexity']:.3f}   {words}")
+    print(f"bits per byte           {report['bits_per_byte']:.4f}   {size}")
+    print(f"tokens/s                {report['tokens_per_second']:,.0f}   memory reads counted too")
     print(f"peak memory             {report['peak_memory'] / 2**20:,.0f} MiB")
-    for block, use in report["usage"].items():
-        print(f"memory in block {block + 1}: {use['top1']:.1%} of slots ever best, {use['topk']:.1%} ever read, "
-              f"KL to uniform {use['kl']:.2f} nats (means over heads)")  # fmt: skip
+    for block, figures in report["usage"].items():
+        print(
+            f"memory in block {block + 1}: {figures['top1']:.1%} of slots ever best, "
+            f"{figures['topk']:.1%} ever read, KL to uniform {figures['kl']:.2f} nats "
+            "(means over heads)"
+        )
 
 
-def step_seconds(model: GPT, train: Split, s: dict, ranks: int) -> float:
-    """Seconds one optimizer step will take, roughly, from a trial of the part of its batch that goes at once."""
-    device, part = model.wte.weight.device, s["batch_size"] // (s["grad_accum"] * ranks)
-    for _ in range(2):  # a first call is slow; but if it takes long, what was slow about it does not matter
-        start = time.perf_counter()
-        x, y = get_batch(train.tokens, 0, part, s["block_size"], s["seed"])
-        with torch.autocast(device.type, dtype=getattr(torch, s["dtype"]), enabled=s["dtype"] != "float32"):
-            loss = model(x.to(device), y.to(device))[1]
-        loss.backward()
-        loss.item()  # waits for a GPU
-        if (seconds := time.perf_counter() - start) > 5:
-            break
-    model.zero_grad()
-    return seconds * s["grad_accum"]
+def report_split(model: GPT, info: dict, args: argparse.Namespace) -> None:
+    """Evaluates one split, prints the figures, and writes them to args.json if that is given."""
+    dataset = args.dataset or info.get("dataset", "wikitext103")
+    data_dir = args.data_dir or info.get("data_dir", "data")
+    tokenizer = info["tokenizer"]
+    window = model.config.block_size
+    stride = args.stride or window
+    if stride > window:
+        raise ValueError(f"--stride {stride} is more than the window, {window}")
+
+    split = load_dataset(dataset, tokenizer, data_dir, (args.split,))[args.split]
+    print(f"{dataset} {args.split}, tokenizer {tokenizer}, window {window}, stride {stride}")
+    report = evaluate(model, split, stride)
+    print_report(report)
+
+    if args.json:
+        about = {
+            "checkpoint": args.checkpoint,
+            "dataset": dataset,
+            "split": args.split,
+            "tokenizer": tokenizer,
+            "window": window,
+            "stride": stride,
+            "parameters": count_parameters(model),
+        }
+        with common.written_whole(args.json) as temporary, open(temporary, "w") as file:
+            json.dump({**about, **report}, file, indent=2)
 
 
-def row(label: str, model: GPT, valid: Split, state: dict | None = None, s: dict | None = None) -> dict:
-    """A row of the closing table; with state and settings also what the training cost."""
-    size = {name: sum(p.numel() for p in params) for name, params in (
-        ("parameters", model.parameters()),
-        ("added", (p for i in model.config.new for p in model.h[i].parameters())),
-        ("trained", (p for p in model.parameters() if p.requires_grad)),
-    )}  # fmt: skip
-    nll, tokens = sum_nll(model, valid.tokens, desc=f"validating {label}")
-    done = {"label": label, **size, "perplexity": perplexity(nll, tokens)}
-    if state:
-        done["rate"] = state["step"] * s["batch_size"] * s["block_size"] / state["seconds"]
-        done["memory"] = peak_memory(model.wte.weight.device)
-    return done
+# ---- Samples -------------------------------------------------------------------------------------
+def print_sample(model: GPT, tokenizer_name: str, args: argparse.Namespace) -> None:
+    """Continues args.prompt, or nothing but an end of text if that is empty."""
+    tokenizer = load_tokenizer(tokenizer_name)
+    prompt = tokenizer.encode_ordinary(args.prompt) or [tokenizer.eot_token]
+    tokens = torch.tensor([prompt], device=model.wte.weight.device)  # (1, T)
+    torch.manual_seed(args.seed)
+    tokens = model.generate(tokens, args.max_new_tokens, args.temperature, args.sample_top_k)
+    print(tokenizer.decode(tokens[0].tolist()))
 
 
-def print_table(rows: list[dict], valid: Split) -> None:
-    print(f"\nperplexity: token-level, validation split, {len(valid.tokens) - 1:,} tokens")
-    line = "{:20}{:>14}{:>12}{:>14}{:>12}{:>10}{:>13}".format
-    print(line("", "parameters", "added", "trained", "perplexity", "tokens/s", "peak memory"))
-    for r in rows:
-        cost = (f"{r['rate']:,.0f}", f"{r['memory'] / 2**20:,.0f} MiB") if "rate" in r else ("-", "-")
-        counts = (f"{r[name]:,}" for name in ("parameters", "added", "trained"))
-        print(line(r["label"], *counts, f"{r['perplexity']:.4f}", *cost))
+# ---- The command ---------------------------------------------------------------------------------
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description="Perplexities, cost and memory use of a checkpoint; or samples."
+    )
+    parser.add_argument(
+        "checkpoint", help="checkpoint, GPT-2 .bin file, or gpt2, gpt2-medium, gpt2-large, gpt2-xl"
+    )
+    parser.add_argument("--split", choices=SPLITS, default="test", help="(default test)")
+    parser.add_argument("--dataset", choices=DATASETS, help="(default: the checkpoint's own)")
+    parser.add_argument(
+        "--data_dir", help="folder of data and caches (default: the checkpoint's own, or ./data)"
+    )
+    parser.add_argument(
+        "--stride",
+        type=common.whole_number,
+        help="tokens between windows (default: the window, no overlap)",
+    )
+    parser.add_argument("--device", help="cpu, cuda or mps (default: the best there is)")
+    parser.add_argument("--json", type=common.json_file, help="also write the figures to this file")
+
+    group = parser.add_argument_group("samples")
+    group.add_argument("--prompt", help="continue this text instead of evaluating; may be empty")
+    group.add_argument(
+        "--max_new_tokens",
+        type=common.whole_number,
+        default=200,
+        help="tokens to sample (default 200)",
+    )
+    group.add_argument(
+        "--temperature",
+        type=common.real_number,
+        default=0.8,
+        help="0: the likeliest token (default 0.8)",
+    )
+    group.add_argument(
+        "--sample_top_k",
+        type=common.whole_number,
+        default=50,
+        help="tokens to choose from (default 50)",
+    )
+    group.add_argument(
+        "--seed", type=common.seed_number, default=0, help="of the samples (default 0)"
+    )
+    return parser.parse_args()
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Perplexities, cost and memory use of a checkpoint; or samples.")
-    parser.add_argument("checkpoint", help="checkpoint, GPT-2 .bin file, or gpt2, gpt2-medium, gpt2-large, gpt2-xl")
-    parser.add_argument("--split", choices=SPLITS, default="test", help="(default test)")
-    parser.add_argument("--dataset", choices=DATASETS, help="(default: the checkpoint's own)")
-    parser.add_argument("--data_dir", help="folder of the data (default: the checkpoint's own, or ./data)")
-    parser.add_argument("--convention", choices=CONVENTIONS, default="tokens", help="how text is read (default tokens)")
-    parser.add_argument("--stride", type=natural, help="tokens between windows (default: the window, no overlap)")
-    parser.add_argument("--device", help="cpu, cuda or mps (default: the best there is)")
-    parser.add_argument("--json", type=new_file, help="also write the figures to this file")
-    sampling = parser.add_argument_group("sampling")
-    sampling.add_argument("--prompt", help="continue this text instead of evaluating; may be empty")
-    sampling.add_argument("--max_new_tokens", type=natural, default=200, help="tokens to sample (default 200)")
-    sampling.add_argument("--temperature", type=amount, default=0.8, help="0 takes the likeliest token (default 0.8)")
-    sampling.add_argument("--sample_top_k", type=natural, default=50, help="sample among so many tokens (default 50)")
-    sampling.add_argument("--seed", type=lambda t: natural(t, 0), default=0, help="(default 0)")
-    args = parser.parse_args()
-    if args.stride is not None and args.convention == "lm-eval":
-        raise ValueError("--convention lm-eval reads windows without overlap; drop --stride")
-    device = pick_device(args.device)
+    args = parse_arguments()
+    device = common.pick_device(args.device)
     model, info = open_model(args.checkpoint, args.data_dir or "data")
-    if args.stride is not None and args.stride > model.config.block_size:
-        raise ValueError(f"--stride {args.stride} is more than the window, {model.config.block_size}")
+    check_vocabulary(info["tokenizer"], model.config.vocab_size)
     model = model.to(device).eval()
-    parts = count_parameters(model)
+
+    counts = count_parameters(model)
+    parts = ", ".join(f"{part} {count:,}" for part, count in counts.items())
     print(f"{args.checkpoint}: {' '.join(model.config.blocks)}, device {device}, float32")
-    print(f"{sum(parts.values()):,} parameters ({', '.join(f'{part} {n:,}' for part, n in parts.items())})")
+    print(f"{sum(counts.values()):,} parameters ({parts})")
 
     if args.prompt is not None:
-        tokenizer = load_tokenizer(info["tokenizer"])
-        tokens = tokenizer.encode_ordinary(args.prompt) or [tokenizer.eot_token]
-        torch.manual_seed(args.seed)
-        out = model.generate(
-            torch.tensor([tokens], device=device), args.max_new_tokens, args.temperature, args.sample_top_k
-        )
-        return print(tokenizer.decode(out[0].tolist()))
-
-    name = args.dataset or info.get("dataset", "wikitext103")
-    data_dir = args.data_dir or info.get("data_dir", "data")
-    stride = args.stride or min(model.config.block_size, 512 if args.convention == "hf" else model.config.block_size)
-    pieces, words, size = load_pieces(name, args.split, info["tokenizer"], data_dir, args.convention)
-    print(f"{name} {args.split} as convention {args.convention}, tokenizer {info['tokenizer']}, window "
-          f"{model.config.block_size}, stride {stride}")  # fmt: skip
-    report = evaluate(model, pieces, words, size, stride)
-    print_report(report)
-    if args.json:
-        about = {"checkpoint": args.checkpoint, "dataset": name, "split": args.split, "stride": stride,
-                 "convention": args.convention, "tokenizer": info["tokenizer"], "window": model.config.block_size,
-                 "parameters": parts}  # fmt: skip
-        with written_whole(args.json) as temporary, open(temporary, "w") as file:
-            json.dump(about | report, file, indent=2)
+        print_sample(model, info["tokenizer"], args)
+    else:
+        report_split(model, info, args)
 
 
 if __name__ == "__main__":
-    run_command(main)
+    common.run_command(main)

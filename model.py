@@ -1,50 +1,48 @@
 """
 GPT-2, with two kinds of blocks: transformer blocks (T) and memory blocks (M).
 
-    block T:  x = x + Attn(LN1(x));  x = x + MLP(LN2(x))    Attn ends in the output projection c_proj
-    block M:  x = x + HML(heads(LN1(x)))                    heads: the same attention, without c_proj; see hml.py
+    block T:  x = x + Attn(LN1(x));  x = x + MLP(LN2(x))    Attn ends in the projection c_proj
+    block M:  x = x + HML(heads(LN1(x)))                    heads: the same without c_proj (hml.py)
 
-A config's `blocks` string says what stands where: "TMTTMT" is T M T T M T from bottom to top. Parameters carry
-GPT-2's names (wte, wpe, h.N.attn.c_attn, ...), so that published weights map by name. Shape names: see hml.py.
-[report]: known from accounts of the paper, not from its text; [choice]: ours, where nothing is known.
+A config's `blocks` string says what stands where: "TMTTMT" is T M T T M T from bottom to top.
+Parameters carry GPT-2's names (wte, wpe, h.N.attn.c_attn, ...), so that published weights map by
+name. Shape names: see hml.py. [report]: known from accounts of the paper, not from its text;
+[choice]: ours, where nothing is known.
 
-In order: GPTConfig, attention, the two blocks, GPT (forward, generate, published weights), checkpoints, and what all
-commands share (device, exit status). Not here: dropout, other positions than learned ones, other norms.
+In order: the config, attention, the two blocks, GPT, and models in files. Not here: dropout,
+positions other than learned ones, other norms.
 """
 
 import os
-import sys
-from collections.abc import Callable
+import zipfile
 from dataclasses import asdict, dataclass
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from data import download, file_sha256, kept, vocab_size, written_whole
+from common import download, one_line, written_whole
 from hml import HeadwiseMemory
 
 
-@dataclass(frozen=True)
+@dataclass
 class GPTConfig:
-    """Everything that fixes the shape of a model. Raises ValueError where it contradicts itself (GPT() for memory).
+    """Everything that fixes the shape of a model. Raises ValueError where it contradicts itself."""
 
-    n_layer counts all blocks; block_size is the longest sequence, in tokens; blocks has a letter T or M per block, ""
-    for all T; n_keys, top_k, d_latent (n, k, d_v in hml.py) and query_norm shape the memory of M blocks; new lists
-    the indices, from 0, of the blocks that up-scaling inserted.
-    """
-
-    n_layer: int
+    n_layer: int  # blocks of both kinds
     n_head: int
     n_embd: int
-    block_size: int
+    block_size: int  # the longest sequence, in tokens
     vocab_size: int
-    blocks: str = ""
+    blocks: str = ""  # a letter T or M per block; "" means all T
+
+    # The memory of M blocks: n, k, d_v in hml.py.
     n_keys: int = 128
     top_k: int = 16
     d_latent: int = 64
     query_norm: bool = False
-    new: tuple[int, ...] = ()
+
+    new: tuple[int, ...] = ()  # indices, from 0, of the blocks that up-scaling inserted
 
     def __post_init__(self):
         for name in ("n_layer", "n_head", "n_embd", "block_size", "vocab_size"):
@@ -53,17 +51,21 @@ class GPTConfig:
         if self.n_layer > 1000:  # a damaged file may say a billion
             raise ValueError(f"n_layer must be at most 1000, not {self.n_layer}")
         if self.n_embd % self.n_head:
-            raise ValueError(f"n_embd must be a multiple of n_head; got {self.n_embd} and {self.n_head}")
-        object.__setattr__(self, "blocks", self.blocks or "T" * self.n_layer)
+            sizes = f"{self.n_embd} and {self.n_head}"
+            raise ValueError(f"n_embd must be a multiple of n_head; got {sizes}")
+
+        self.blocks = self.blocks or "T" * self.n_layer
         if len(self.blocks) != self.n_layer or set(self.blocks) - set("TM"):
-            raise ValueError(f"blocks must be {self.n_layer} letters T or M (one per layer), not {self.blocks!r}")
+            wanted = f"{self.n_layer} letters T or M (one per layer)"
+            raise ValueError(f"blocks must be {wanted}, not {self.blocks!r}")
         if not all(0 <= i < self.n_layer for i in self.new):
-            raise ValueError(f"new must list block indices from 0 to {self.n_layer - 1}, not {self.new}")
+            last = self.n_layer - 1
+            raise ValueError(f"new must list block indices from 0 to {last}, not {self.new}")
 
 
-# ---- Blocks ----------------------------------------------------------------------------------------------------------
-class Heads(nn.Module):
-    """Multi-head causal attention that stops before the output projection: head outputs stay apart."""
+# ---- Blocks --------------------------------------------------------------------------------------
+class AttentionHeads(nn.Module):
+    """Multi-head causal attention that stops before the output projection: heads stay apart."""
 
     def __init__(self, config: GPTConfig):
         super().__init__()
@@ -71,24 +73,35 @@ class Heads(nn.Module):
         self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd)  # Q, K and V in one
 
     def forward(self, x: Tensor, cache: dict | None = None) -> Tensor:
-        """x (B, T, C) -> (B, T, H, d_h). cache, if given, holds the keys and values so far and takes up the new."""
-        q, k, v = (
-            part.unflatten(-1, (self.n_head, -1)).transpose(1, 2)  # (B, T, C) -> (B, T, H, d_h) -> (B, H, T, d_h)
-            for part in self.c_attn(x).chunk(3, dim=-1)
-        )
-        if cache:
-            k, v = torch.cat((cache["k"], k), dim=2), torch.cat((cache["v"], v), dim=2)  # (B, H, T so far, d_h)
+        """x (B, T, C) -> (B, T, H, d_h).
+
+        cache holds the keys and values so far, and takes the new.
+        """
+        qkv = self.c_attn(x).unflatten(-1, (3, self.n_head, -1))  # (B, T, 3, H, d_h)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B, H, T, d_h)
+
         if cache is not None:
-            cache.update(k=k, v=v)
-        # On CPUs always at least fp32: there the backward is up to three times slower in bf16.
-        wide = torch.promote_types(q.dtype, torch.float32) if q.device.type == "cpu" else q.dtype
-        # A single token may look at all before it: no mask. With a cache, one comes at a time after the first call.
-        with torch.autocast("cpu", enabled=False):
-            y = F.scaled_dot_product_attention(q.to(wide), k.to(wide), v.to(wide), is_causal=q.size(2) > 1)
-        return y.to(q.dtype).transpose(1, 2)  # (B, H, T, d_h) -> (B, T, H, d_h)
+            if cache:
+                k = torch.cat((cache["k"], k), dim=2)  # (B, H, T so far, d_h)
+                v = torch.cat((cache["v"], v), dim=2)
+            cache["k"] = k
+            cache["v"] = v
+
+        # With a cache one token comes at a time, which may look at all before it: no mask.
+        causal = q.size(2) > 1
+        if q.device.type == "cpu":
+            # In fp32 even under autocast: the backward in bf16 is up to three times slower there.
+            with torch.autocast("cpu", enabled=False):
+                wide = torch.promote_types(q.dtype, torch.float32)
+                y = F.scaled_dot_product_attention(
+                    q.to(wide), k.to(wide), v.to(wide), is_causal=causal
+                ).to(q.dtype)
+        else:
+            y = F.scaled_dot_product_attention(q, k, v, is_causal=causal)
+        return y.transpose(1, 2)  # (B, H, T, d_h) -> (B, T, H, d_h)
 
 
-class Attention(Heads):
+class Attention(AttentionHeads):
     """GPT-2's attention: the heads, joined and projected. x (B, T, C) -> (B, T, C)."""
 
     def __init__(self, config: GPTConfig):
@@ -96,7 +109,8 @@ class Attention(Heads):
         self.c_proj = nn.Linear(config.n_embd, config.n_embd)
 
     def forward(self, x: Tensor, cache: dict | None = None) -> Tensor:
-        return self.c_proj(super().forward(x, cache).flatten(2))  # (B, T, H, d_h) -> (B, T, C)
+        heads = super().forward(x, cache)  # (B, T, H, d_h)
+        return self.c_proj(heads.flatten(2))  # (B, T, H, d_h) -> (B, T, C)
 
 
 class MLP(nn.Module):
@@ -108,11 +122,13 @@ class MLP(nn.Module):
         self.c_proj = nn.Linear(4 * config.n_embd, config.n_embd)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.c_proj(F.gelu(self.c_fc(x), approximate="tanh"))  # GPT-2 was trained with the tanh form
+        x = self.c_fc(x)  # (B, T, 4C)
+        x = F.gelu(x, approximate="tanh")  # the form that GPT-2 was trained with
+        return self.c_proj(x)
 
 
 class TransformerBlock(nn.Module):
-    """GPT-2's block: x + attention, then x + MLP, each on a normalised input. x (B, T, C) -> (B, T, C)."""
+    """GPT-2's block: x + attention, then x + MLP, each on a normalised input. (B, T, C)."""
 
     def __init__(self, config: GPTConfig):
         super().__init__()
@@ -123,35 +139,37 @@ class TransformerBlock(nn.Module):
 
     def forward(self, x: Tensor, cache: dict | None = None) -> Tensor:
         x = x + self.attn(self.ln_1(x), cache)
-        return x + self.mlp(self.ln_2(x))
+        x = x + self.mlp(self.ln_2(x))
+        return x
 
 
 class MemoryBlock(nn.Module):
-    """MIDUS's block, x + HML(heads(LN(x))): no output projection, no MLP, and no residual between attention and
-    memory, which would weaken what retrieval has to learn [report]. x (B, T, C) -> (B, T, C)."""
+    """MIDUS's block, x + HML(heads(LN(x))): no output projection and no MLP. (B, T, C).
+
+    Nothing passes around the memory from attention to the sum: such a residual would weaken what
+    retrieval has to learn [report].
+    """
 
     def __init__(self, config: GPTConfig):
         super().__init__()
         self.ln_1 = nn.LayerNorm(config.n_embd)
-        self.attn = Heads(config)
+        self.attn = AttentionHeads(config)
         self.memory = HeadwiseMemory(
-            n_head=config.n_head, head_dim=config.n_embd // config.n_head, n_keys=config.n_keys, top_k=config.top_k,
-            d_latent=config.d_latent, query_norm=config.query_norm,
-        )  # fmt: skip
+            n_head=config.n_head,
+            head_dim=config.n_embd // config.n_head,
+            n_keys=config.n_keys,
+            top_k=config.top_k,
+            d_latent=config.d_latent,
+            query_norm=config.query_norm,
+        )
 
     def forward(self, x: Tensor, cache: dict | None = None) -> Tensor:
-        return x + self.memory(self.attn(self.ln_1(x), cache))
+        heads = self.attn(self.ln_1(x), cache)  # (B, T, H, d_h)
+        return x + self.memory(heads)
 
 
-# ---- The model -------------------------------------------------------------------------------------------------------
-GPT2_URL = "https://huggingface.co/openai-community/{}/resolve/main/pytorch_model.bin"
-GPT2_SHA256 = {"gpt2": "7c5d3f4b8b76583b422fcb9189ad6c89d5d97a094541ce8932dce3ecabde1421"}  # None known for the rest
-PRETRAINED = {  # OpenAI's four sizes: n_layer, n_head, n_embd, block_size, vocab_size
-    "gpt2": GPTConfig(12, 12, 768, 1024, 50257),  # 124M parameters
-    "gpt2-medium": GPTConfig(24, 16, 1024, 1024, 50257),  # 355M
-    "gpt2-large": GPTConfig(36, 20, 1280, 1024, 50257),  # 774M
-    "gpt2-xl": GPTConfig(48, 25, 1600, 1024, 50257),  # 1558M
-}
+# ---- The model -----------------------------------------------------------------------------------
+BLOCKS = {"T": TransformerBlock, "M": MemoryBlock}
 
 
 class GPT(nn.Module):
@@ -162,181 +180,204 @@ class GPT(nn.Module):
         self.config = config
         self.wte = nn.Embedding(config.vocab_size, config.n_embd)
         self.wpe = nn.Embedding(config.block_size, config.n_embd)
-        self.h = nn.ModuleList({"T": TransformerBlock, "M": MemoryBlock}[kind](config) for kind in config.blocks)
+        self.h = nn.ModuleList(BLOCKS[kind](config) for kind in config.blocks)
         self.ln_f = nn.LayerNorm(config.n_embd)
-        # GPT-2 starts at std 0.02, for its width of 768; kept in proportion to C^-0.5 [choice], narrow models
-        # learn to attend several times sooner. c_proj, which writes to the residual stream, starts smaller.
+
+        # GPT-2 starts at std 0.02, for its width of 768. Kept in proportion to C^-0.5 [choice],
+        # narrow models learn to attend several times sooner. What writes to the residual stream
+        # starts smaller, the more so the more blocks there are. The memory starts as hml.py says.
         std = 0.02 * (768 / config.n_embd) ** 0.5
-        for name, module in self.named_modules():  # hml.py has the memory's own
+        for name, module in self.named_modules():
             if isinstance(module, nn.Linear | nn.Embedding):
-                scale = (2 * config.n_layer) ** -0.5 if name.endswith("c_proj") else 1
+                writes = name.endswith("c_proj")
+                scale = (2 * config.n_layer) ** -0.5 if writes else 1.0
                 nn.init.normal_(module.weight, std=std * scale)
             if isinstance(module, nn.Linear):
                 nn.init.zeros_(module.bias)
 
     def forward(
         self, tokens: Tensor, targets: Tensor | None = None, cache: list[dict] | None = None
-    ) -> tuple[Tensor | None, Tensor | None]:
-        """tokens (B, T) -> logits (B, T, vocab) and None; with targets (B, T): None and the mean loss in nats.
+    ) -> Tensor:
+        """tokens (B, T) -> logits (B, T, vocab); with targets (B, T) the mean loss, in nats.
 
-        cache: a list with one empty dict per block, to be passed again with the one token (B, 1) that follows.
-        Raises ValueError if the sequence is longer than block_size, or more than one token follows.
+        cache: a list with one empty dict per block, to be passed again with the one token (B, 1)
+        that follows. Raises ValueError if the sequence is longer than block_size, or if more than
+        one token follows.
         """
-        start = cache[0]["k"].size(2) if cache and cache[0] else 0
+        start = 0
+        if cache and cache[0]:
+            start = cache[0]["k"].size(2)
         end = start + tokens.size(1)
-        if start and end > start + 1:
+        if start and tokens.size(1) > 1:
             raise ValueError("with a cache that is begun, pass one token at a time")
         if end > self.config.block_size:
-            raise ValueError(f"a sequence of {end} tokens is longer than the model's {self.config.block_size}")
-        x = self.wte(tokens) + self.wpe(torch.arange(start, end, device=tokens.device))  # (B, T, C)
+            longest = self.config.block_size
+            raise ValueError(f"a sequence of {end} tokens is longer than the model's {longest}")
+
+        positions = torch.arange(start, end, device=tokens.device)  # (T,)
+        x = self.wte(tokens) + self.wpe(positions)  # (B, T, C)
         for i, block in enumerate(self.h):
             x = block(x, cache[i] if cache is not None else None)  # (B, T, C)
-        logits = F.linear(self.ln_f(x), self.wte.weight)  # (B, T, vocab)
+        x = self.ln_f(x)
+        logits = F.linear(x, self.wte.weight)  # (B, T, vocab)
+
         if targets is None:
-            return logits, None
-        return None, F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
+            return logits
+        return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
 
     @torch.no_grad()
     def generate(
-        self, tokens: Tensor, max_new_tokens: int, temperature: float = 1.0, top_k: int | None = None
+        self,
+        tokens: Tensor,
+        max_new_tokens: int,
+        temperature: float = 1.0,
+        top_k: int | None = None,
     ) -> Tensor:
-        """Continues tokens (B, T >= 1) by max_new_tokens; returns both. temperature 0 always takes the likeliest.
+        """Continues tokens (B, T >= 1) by max_new_tokens; returns both. temperature 0: the
+        likeliest.
 
-        Keys and values are cached. When block_size is full the cache is dropped and the last half window read anew.
+        Keys and values are cached. When block_size is full the cache is dropped, and the last half
+        of the window is read anew.
         """
-        cache, used, feed = [{} for _ in self.h], 0, tokens  # used: tokens in the cache; feed: those to come
+        cache = [{} for _ in self.h]
+        cached = 0  # tokens in the cache
+        unread = tokens  # tokens that the model has yet to read
         for _ in range(max_new_tokens):
-            if used + feed.size(1) > self.config.block_size:
-                cache, used = [{} for _ in self.h], 0
-                feed = tokens[:, -max(1, self.config.block_size // 2) :]
-            logits = self(feed, cache=cache)[0][:, -1]  # (B, vocab)
-            used += feed.size(1)
-            if temperature < 1e-6:  # dividing by less would overflow
-                feed = logits.argmax(dim=-1, keepdim=True)  # (B, 1)
+            if cached + unread.size(1) > self.config.block_size:
+                cache = [{} for _ in self.h]
+                cached = 0
+                half = max(1, self.config.block_size // 2)
+                unread = tokens[:, -half:]
+            logits = self(unread, cache=cache)[:, -1]  # (B, vocab)
+            cached += unread.size(1)
+
+            if temperature < 1e-6:  # to divide by less would overflow
+                unread = logits.argmax(dim=-1, keepdim=True)  # (B, 1)
             else:
                 if top_k is not None:
-                    worst = logits.topk(min(top_k, logits.size(-1))).values[:, -1:]  # (B, 1)
-                    logits = logits.masked_fill(logits < worst, float("-inf"))
-                feed = torch.multinomial((logits.float() / temperature).softmax(dim=-1), 1)  # (B, 1)
-            tokens = torch.cat((tokens, feed), dim=1)
+                    best = logits.topk(min(top_k, logits.size(-1))).values  # (B, top_k)
+                    logits = logits.masked_fill(logits < best[:, -1:], float("-inf"))
+                probabilities = (logits.float() / temperature).softmax(dim=-1)  # (B, vocab)
+                unread = torch.multinomial(probabilities, 1)  # (B, 1)
+            tokens = torch.cat((tokens, unread), dim=1)
         return tokens
-
-    @classmethod
-    def from_pretrained(cls, name_or_file: str, data_dir: str = "data") -> "GPT":
-        """OpenAI's GPT-2 by name (see PRETRAINED; downloaded once into data_dir), or a file in its layout, heads 64
-        wide; the prefix `transformer.`, lm_head and masks do not matter. ValueError for what does not fit, OSError if
-        it cannot come."""
-        path = name_or_file
-        if path in PRETRAINED:
-            path = kept(data_dir, f"{name_or_file}.bin")
-            hint = f"A file of your own in that layout can be named instead of {name_or_file}, if it ends in .bin."
-            download([GPT2_URL.format(name_or_file)], path, sha256=GPT2_SHA256.get(name_or_file), hint=hint)
-        elif not os.path.isfile(path):
-            raise ValueError(f"{path} is neither a file nor one of {', '.join(PRETRAINED)}")
-        try:
-            state = torch.load(path, map_location="cpu", weights_only=True)
-            extra = ("lm_head.weight", ".attn.bias", ".attn.masked_bias")  # the head is tied; masks
-            state = {n.removeprefix("transformer."): t for n, t in state.items() if not n.endswith(extra)}
-            for name in state:  # OpenAI stores linear weights as (in, out)
-                if name.endswith(("c_attn.weight", "c_proj.weight", "c_fc.weight")):
-                    state[name] = state[name].T
-            (vocab, n_embd), block_size = state["wte.weight"].shape, state["wpe.weight"].size(0)
-            n_layer = len({name.split(".")[1] for name in state if name.startswith("h.")})
-            if n_embd % 64:
-                raise ValueError(f"its width, {n_embd}, is no multiple of GPT-2's head width, 64")
-            model = cls(GPTConfig(n_layer, n_embd // 64, n_embd, block_size, vocab))
-            model.load_state_dict(state)
-        except Exception as error:  # torch.load and load_state_dict raise many kinds
-            raise ValueError(f"{path} does not hold GPT-2 weights: {' '.join(str(error).split())[:200]}") from error
-        return model
 
 
 def count_parameters(model: GPT, blocks: tuple[int, ...] | None = None) -> dict[str, int]:
     """Parameters by part, zero parts left out; of the blocks at these indices only, if given."""
-    parts = {  # the first fragment found in a parameter's name decides
-        "product_keys": "keys", "hive.bank": "bank", "hive.proj": "projections", ".attn.": "attention",
-        ".ln_1.": "attention", ".mlp.": "mlp", ".ln_2.": "mlp", "": "embeddings",  # and ln_f
-    }  # fmt: skip
+    parts = (  # the first of these fragments in a parameter's name says its part
+        ("product_keys", "keys"),
+        ("hive.bank", "bank"),
+        ("hive.proj", "projections"),
+        (".attn.", "attention"),
+        (".ln_1.", "attention"),
+        (".mlp.", "mlp"),
+        (".ln_2.", "mlp"),
+        ("", "embeddings"),  # and ln_f
+    )
     counts = {}
     for name, parameter in model.named_parameters():
-        if blocks is None or (name.startswith("h.") and int(name.split(".")[1]) in blocks):
-            part = next(part for fragment, part in parts.items() if fragment in name)
+        block = int(name.split(".")[1]) if name.startswith("h.") else None
+        if blocks is None or block in blocks:
+            part = next(part for fragment, part in parts if fragment in name)
             counts[part] = counts.get(part, 0) + parameter.numel()
     return counts
 
 
-# ---- Checkpoints: a torch file, then the sha256 of it: torch.load would not notice a flipped bit, nor the 32 bytes ---
+# ---- Models in files -----------------------------------------------------------------------------
 def save_checkpoint(path: str, model: GPT, **info) -> None:
-    """Writes the model's config and weights and `info` (plain types and tensors only) to path, whole or not at all."""
+    """Writes config, weights and `info` (plain types and tensors only) to path, whole or not at
+    all.
+    """
+    content = {"config": asdict(model.config), "model": model.state_dict(), **info}
     with written_whole(path) as temporary:
-        torch.save({"config": asdict(model.config), "model": model.state_dict(), **info}, temporary)
-        digest = file_sha256(temporary)
-        with open(temporary, "ab", buffering=0) as file:
-            file.write(digest)
-            os.fsync(file.fileno())
+        torch.save(content, temporary)
 
 
 def load_checkpoint(path: str) -> tuple[GPT, dict]:
-    """The model on the CPU, and everything else that save_checkpoint was given. Raises ValueError with a sentence."""
+    """The model on the CPU, and the info that save_checkpoint was given. Raises ValueError."""
     if not os.path.isfile(path):
         raise ValueError(f"there is no checkpoint at {path}")
-    size = os.path.getsize(path)
-    with open(path, "rb") as file:
-        file.seek(max(0, size - 32))
-        tail = file.read()
-    if size <= 32 or file_sha256(path, size - 32) != tail:
-        raise ValueError(f"{path} is damaged or is no nanoMIDUS checkpoint: its sha256 does not match")
+
+    # A torch file is a zip, with a checksum for each of its members; torch does not look at them.
+    try:
+        with zipfile.ZipFile(path) as archive:
+            damaged = archive.testzip()
+    except Exception:  # zipfile raises many kinds
+        damaged = "all of it"
+    if damaged is not None:
+        raise ValueError(f"{path} is damaged or is no nanoMIDUS checkpoint")
+
+    # The model is first made without memory for its weights, however large it says it is.
     try:
         info = torch.load(path, map_location="cpu", weights_only=True)
-        with torch.device("meta"):  # shapes without memory, however large they say they are
+        with torch.device("meta"):
             model = GPT(GPTConfig(**info.pop("config")))
         model.load_state_dict(info.pop("model"), assign=True)
-    except Exception as error:  # whole, but something else: torch.load and GPT raise many kinds
-        raise ValueError(f"{path} does not hold a nanoMIDUS model: {' '.join(str(error).split())[:200]}") from error
+    except Exception as error:  # whole, but something else: torch and GPT raise many kinds
+        reason = one_line(error, 200)
+        raise ValueError(f"{path} does not hold a nanoMIDUS model: {reason}") from error
     return model, info
 
 
-def open_model(name_or_file: str, data_dir: str = "data") -> tuple[GPT, dict]:
-    """A GPT-2 by name or as a .bin file in OpenAI's layout, or one of our checkpoints; with what goes with it."""
-    if name_or_file in PRETRAINED or name_or_file.endswith(".bin"):
-        model, info = GPT.from_pretrained(name_or_file, data_dir), {"tokenizer": "gpt2"}
-    else:
-        model, info = load_checkpoint(name_or_file)
-    if "tokenizer" not in info:
-        raise ValueError(f"{name_or_file} does not say its tokenizer; it was not written by train.py or upscale.py")
-    if vocab_size(info["tokenizer"]) > model.config.vocab_size:
-        raise ValueError(f"{name_or_file} has fewer tokens than its tokenizer, {info['tokenizer']}")
-    return model, info
+GPT2_URL = "https://huggingface.co/openai-community/{}/resolve/main/pytorch_model.bin"
+GPT2_SHA256 = {  # None is known for the others
+    "gpt2": "7c5d3f4b8b76583b422fcb9189ad6c89d5d97a094541ce8932dce3ecabde1421",
+}
+PRETRAINED = {  # OpenAI's four sizes
+    "gpt2": GPTConfig(12, 12, 768, 1024, 50257),  # 124M parameters
+    "gpt2-medium": GPTConfig(24, 16, 1024, 1024, 50257),  # 355M
+    "gpt2-large": GPTConfig(36, 20, 1280, 1024, 50257),  # 774M
+    "gpt2-xl": GPTConfig(48, 25, 1600, 1024, 50257),  # 1558M
+}
 
 
-# ---- What every command shares ---------------------------------------------------------------------------------------
-def pick_device(name: str | None = None) -> torch.device:
-    """The device called `name`, or the best there is. Raises ValueError if the machine does not have it."""
-    have = ["mps", "cpu"] if torch.backends.mps.is_available() else ["cpu"]
-    if torch.cuda.is_available():
-        have = ["cuda", *(f"cuda:{i}" for i in range(torch.cuda.device_count())), *have]
-    if name is not None and name not in have:
-        raise ValueError(f"device {name} is not available here; choose from {', '.join(have)}")
-    return torch.device(name or have[0])
+def load_gpt2(path: str) -> GPT:
+    """GPT-2 from a file in OpenAI's layout, heads 64 wide. Raises ValueError for anything else.
 
-
-def has_bf16(device: torch.device) -> bool:
-    """Whether the hardware computes in bf16 (elsewhere it is emulated, slower than fp32)."""
-    if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    return device.type == "cpu" and getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)()
-
-
-def run_command(main: Callable[[], None]) -> None:
-    """Runs a script: bad input ends it with one sentence and status 2, a fault with 1, an interrupt with 130."""
+    The prefix `transformer.`, an lm_head (tied to wte) and attention masks do not matter.
+    """
+    ignored = ("lm_head.weight", ".attn.bias", ".attn.masked_bias")
+    transposed = ("c_attn.weight", "c_proj.weight", "c_fc.weight")  # stored as (in, out)
     try:
-        main()
-    except KeyboardInterrupt as error:
-        print(str(error) or "interrupted", file=sys.stderr)
-        sys.exit(130)
-    except (ValueError, OSError, ArithmeticError, MemoryError, RuntimeError) as error:
-        no_memory = any(words in str(error) for words in ("out of memory", "allocate memory", "enough memory"))
-        if isinstance(error, RuntimeError) and not no_memory:  # torch's name for many faults
-            raise
-        print(f"error: {' '.join(str(error).split())[:500]}", file=sys.stderr)
-        sys.exit(2 if isinstance(error, ValueError) else 1)
+        state = {}
+        for name, tensor in torch.load(path, map_location="cpu", weights_only=True).items():
+            name = name.removeprefix("transformer.")
+            if not name.endswith(ignored):
+                state[name] = tensor.T if name.endswith(transposed) else tensor
+
+        vocab_size, n_embd = state["wte.weight"].shape
+        block_size = len(state["wpe.weight"])
+        n_layer = len({name.split(".")[1] for name in state if name.startswith("h.")})
+        if n_embd % 64:
+            raise ValueError(f"its width, {n_embd}, is no multiple of GPT-2's head width, 64")
+        model = GPT(GPTConfig(n_layer, n_embd // 64, n_embd, block_size, vocab_size))
+        model.load_state_dict(state)
+    except Exception as error:  # torch raises many kinds
+        raise ValueError(f"{path} does not hold GPT-2 weights: {one_line(error, 200)}") from error
+    return model
+
+
+def open_model(name: str, data_dir: str = "data") -> tuple[GPT, dict]:
+    """A GPT-2 by name, a .bin file in its layout, or one of our checkpoints; and its info.
+
+    GPT-2 is downloaded once, into data_dir. Raises ValueError for what is no model, OSError if the
+    download fails.
+    """
+    if name in PRETRAINED:
+        path = os.path.join(data_dir, f"{name}.bin")
+        hint = (
+            f"A file of your own in that layout can be named instead of {name}, if it ends in .bin."
+        )
+        download([GPT2_URL.format(name)], path, sha256=GPT2_SHA256.get(name), hint=hint)
+        return load_gpt2(path), {"tokenizer": "gpt2"}
+
+    if name.endswith(".bin"):
+        return load_gpt2(name), {"tokenizer": "gpt2"}
+
+    model, info = load_checkpoint(name)
+    if "tokenizer" not in info:
+        raise ValueError(
+            f"{name} does not say its tokenizer; it was not written by train.py or upscale.py"
+        )
+    return model, info

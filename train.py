@@ -1,399 +1,661 @@
 """
 One run: from a base GPT to an up-scaled, further trained checkpoint.
 
-    python train.py --upscale midus                          a tiny base is trained first; needs no download
+    python train.py --upscale midus                          trains a tiny base first; no download
     python train.py --upscale midus --dataset wikitext103    GPT-2 124M on WikiText-103, one GPU
-    python train.py --resume                                 go on with ckpt.pt after an interrupt
+    python train.py --resume                                 goes on with ckpt.pt after an interrupt
 
-The base is the model before the new blocks: GPT-2 by name, one of your checkpoints, or `scratch`. A base from scratch
-is a run of this very script with --upscale none, kept under the data folder and found again by its settings.
-In order: settings and their defaults, the optimizer, the training loop, one run, the command. Shape names: see hml.py.
+The base is the model before the new blocks: GPT-2 by name, one of your checkpoints, or `scratch`. A
+base from scratch is kept under the data folder, and found again by what shapes it.
+
+In order: settings, the optimizer, one step, a run in files, the loop, the story (main). Shape
+names: see hml.py.
 """
 
 import argparse
+import dataclasses
 import hashlib
 import json
 import math
 import os
-import signal
-import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
-from datetime import timedelta
+from contextlib import nullcontext
 
 import torch
-import torch.distributed as dist
+from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
-from data import DATASETS, Split, get_batch, kept, load_dataset, vocab_size
-from eval import perplexity, print_table, row, step_seconds, sum_nll
-from model import GPT, PRETRAINED, GPTConfig, has_bf16, load_checkpoint, open_model, pick_device
-from model import run_command, save_checkpoint
-from upscale import MEMORY, METHODS, PLACEMENT, add_arguments, amount, natural, new_file, set_trainable, summary
-from upscale import upscale
+import common
+from common import flag
+from data import DATASETS, Split, check_vocabulary, get_batch, load_dataset, vocab_size
+from eval import perplexity, sum_nll
+from model import GPT, PRETRAINED, GPTConfig, load_checkpoint, open_model, save_checkpoint
+from upscale import MEMORY, METHODS, PLACEMENT, NewBlocks, set_trainable, summary, upscale
 
-# ---- Settings: what flags leave open is filled in from the size of the model, and printed ----------------------------
-SHAPE = ("n_layer", "n_head", "n_embd")
-DIVERGED = "the loss or a gradient became NaN or infinite; try a lower --lr or --memory_lr"
-PRESETS = {  # base_*: the run that trains a base from scratch; tokens None: one epoch
-    "tiny": dict(n_layer=4, n_head=4, n_embd=128, block_size=64, batch_size=16, grad_accum=1, base_lr=3e-3, lr=2e-3,
-                 memory_lr=1e-2, base_tokens=1_600_000, tokens=800_000, n_keys=32, top_k=8, d_latent=32),
-    "small": dict(n_layer=6, n_head=4, n_embd=256, block_size=256, batch_size=16, grad_accum=1, base_lr=2e-3, lr=1e-3,
-                  memory_lr=1e-2, base_tokens=1_200_000, tokens=600_000, n_keys=64, top_k=8, d_latent=64),
-    "gpt2": dict(block_size=1024, batch_size=32, grad_accum=8, lr=2e-4, memory_lr=1e-3, tokens=None,
-                 n_keys=128, top_k=16, d_latent=64),
-}  # fmt: skip
+# ---- Settings ------------------------------------------------------------------------------------
+PRESET_NAMES = ("tiny", "small", "gpt2")
 
 
-def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Train a GPT, or up-scale one and go on training it.")
-    group = parser.add_argument_group("what")
-    group.add_argument("--upscale", choices=("none", *METHODS), help="how the base becomes deeper (default none)")
-    group.add_argument("--dataset", choices=DATASETS, help="(default: the base's own, or pydocs)")
-    group.add_argument("--data_dir", type=os.path.abspath, help="for data, caches, the tiny base (default ./data)")
-    group.add_argument("--tokenizer", help="gpt2, gpt2:N or bytes (default: the base's; for scratch: by dataset)")
-    group.add_argument("--base", help="scratch, a checkpoint, a .bin file, gpt2, ... (pydocs: scratch, else gpt2)")
-    group.add_argument("--train", help="what learns: new (midus, llama-pro), all (else), or blocks, from 1: 2,4,6")
-    add_arguments(parser)
-    group = parser.add_argument_group("a base from scratch")
-    group.add_argument("--n_layer", type=natural, help="transformer blocks")
-    group.add_argument("--n_head", type=natural, help="attention heads")
-    group.add_argument("--n_embd", type=natural, help="width; a multiple of n_head")
-    group.add_argument("--base_tokens", type=natural, help="training tokens of the base, before it is up-scaled")
-    group = parser.add_argument_group("training")
-    group.add_argument("--block_size", type=natural, help="tokens in a sequence")
-    group.add_argument("--tokens", type=natural, help="training tokens of the up-scaled phase, or of the only one")
-    group.add_argument("--batch_size", type=natural, help="sequences per optimizer step")
-    group.add_argument("--grad_accum", type=natural, help="parts a step's batch is cut in, to save memory")
-    group.add_argument("--lr", type=amount, help="peak learning rate")
-    group.add_argument("--memory_lr", type=amount, help="peak learning rate of the memory banks")
-    group.add_argument("--weight_decay", type=amount, help="of matrices; never of banks (default 0.1)")
-    group.add_argument("--warmup", type=amount, help="steps of rising learning rate (default 5%% of the steps)")
-    group.add_argument("--eval_every", type=natural, help="steps between validations (default 10%% of the steps)")
-    group.add_argument("--save_every", type=natural, help="steps between checkpoints (default 10%% of the steps)")
-    group.add_argument("--seed", type=lambda t: natural(t, 0), help="of new weights and the data's order (default 0)")
-    group = parser.add_argument_group("machine")
-    group.add_argument("--device", help="cpu, cuda or mps (default: the best there is)")
-    group.add_argument("--dtype", choices=("float32", "bfloat16"), help="of autocast (default: bfloat16 where fast)")
-    group.add_argument("--compile", action=argparse.BooleanOptionalAction, help="torch.compile the model (default no)")
-    group = parser.add_argument_group("files")
-    group.add_argument("--out", type=new_file, default="ckpt.pt", help="checkpoint, losses beside it (default ckpt.pt)")
-    group = group.add_mutually_exclusive_group()
-    group.add_argument("--resume", action="store_true", help="go on with --out, with the settings it was begun with")
-    group.add_argument("--overwrite", action="store_true", help="start anew although --out exists; it becomes OUT.old")
-    return parser.parse_args()
+@dataclasses.dataclass
+class Settings(NewBlocks):
+    """All that defines a run. Every field is a flag, those of NewBlocks (in upscale.py) too.
 
-
-def settle(args: argparse.Namespace, device: torch.device) -> tuple[dict, GPT | None]:
-    """Every setting of the run, as plain types, and the base if it was a file. Nothing long happens here, and whatever
-    can be refused is refused here: ValueError, one sentence."""
-    given = {name: value for name, value in vars(args).items() if value is not None}
-    method = given.get("upscale", "none")
-    name = given.get("base", "scratch" if given.get("dataset", "pydocs") == "pydocs" else "gpt2")
-    named = {"scratch": {}} | dict.fromkeys(PRETRAINED, {"tokenizer": "gpt2"})
-    base, info = (None, named[name]) if name in named else open_model(name)
-    dataset = given.get("dataset", info.get("dataset", "pydocs"))
-    fixed = base.config if base else PRETRAINED.get(name)
-    width = fixed.n_embd if fixed else given.get("n_embd", 128 if dataset == "pydocs" else 256)
-    preset = "tiny" if width <= 128 else "small" if width <= 512 or name == "scratch" else "gpt2"
-
-    for names, fits, sentence in (
-        ((*SHAPE, "base_tokens"), name == "scratch", f"this run has --base {name}, not scratch"),
-        (("base_tokens",), method != "none", "only with --upscale; for a base alone say --tokens"),
-        (PLACEMENT, method != "none", "only with --upscale; this run inserts no blocks"),
-        (MEMORY, method == "midus", f"only with --upscale midus; {method} inserts no memory blocks"),
-        (("memory_lr",), method == "midus" or fixed and "M" in fixed.blocks, "there are no memory blocks"),
-    ):
-        if not fits and any(n in given for n in names):
-            raise ValueError(f"{', '.join(f'--{n}' for n in names if n in given)}: {sentence}")
-    settings = PRESETS[preset] | ({"block_size": fixed.block_size} if fixed else {}) | {
-        "upscale": method, "dataset": dataset, "base": name, "weight_decay": 0.1, "seed": 0, "compile": False,
-        "tokenizer": info.get("tokenizer", "bytes" if dataset == "pydocs" else "gpt2"),
-        "train": "new" if method in ("midus", "llama-pro") else "all",
-        "dtype": "bfloat16" if has_bf16(device) else "float32",
-        **{n: value for n, value in given.items() if n not in ("out", "resume", "overwrite", "device")},
-        "data_dir": os.path.abspath(given.get("data_dir", info.get("data_dir", "data"))),
-    }  # fmt: skip
-    if name == "scratch" and method == "none":
-        settings |= {new: given.get(new, settings[f"base_{new}"]) for new in ("lr", "tokens")}
-    unused = (() if method == "midus" else MEMORY) + (() if name == "scratch" else (*SHAPE, "base_tokens", "base_lr"))
-    settings = {n: value for n, value in settings.items() if n not in unused}
-
-    if settings["tokenizer"] != info.get("tokenizer", settings["tokenizer"]):
-        raise ValueError(f"--tokenizer {settings['tokenizer']}: the base was trained with {info['tokenizer']}")
-    config = fixed or scratch_config(settings)
-    if settings["block_size"] > config.block_size:
-        raise ValueError(f"--block_size {settings['block_size']} is more than the base's {config.block_size} positions")
-    if vocab_size(settings["tokenizer"]) > config.vocab_size:
-        raise ValueError(f"--tokenizer {settings['tokenizer']} has more tokens than the base, {config.vocab_size}")
-    with torch.device("meta"):  # shapes without memory: everything that upscale and the blocks would refuse
-        model = GPT(config)
-        set_trainable(model if method == "none" else deepen(model, settings), settings["train"])
-    return settings, base
-
-
-def scratch_config(s: dict) -> GPTConfig:
-    return GPTConfig(s["n_layer"], s["n_head"], s["n_embd"], s["block_size"], vocab_size(s["tokenizer"]))
-
-
-def deepen(base: GPT, s: dict) -> GPT:
-    return upscale(base, s["upscale"], **{name: s[name] for name in (*PLACEMENT, *MEMORY) if name in s})
-
-
-# ---- Optimizer -------------------------------------------------------------------------------------------------------
-def make_optimizer(model: GPT, lr: float, memory_lr: float, weight_decay: float) -> torch.optim.AdamW:
-    """AdamW over every trainable parameter, each in one group: matrices, vectors (biases, norms), banks.
-
-    Banks get no weight decay, since AdamW would shrink entries nobody read, and a learning rate of their own: an entry
-    is read seldom, so it has few steps to learn in [Lample et al. 2019 and later memory layers: 1e-3].
+    A flag that is not given takes its value from the preset below, or from choose_settings(). What
+    a run has no use for stays None.
     """
-    kinds = (("matrices", lr, weight_decay), ("vectors", lr, 0.0), ("banks", memory_lr, 0.0))
-    groups = {kind: {"params": [], "name": kind, "lr": rate, "peak_lr": rate, "weight_decay": decay}
-              for kind, rate, decay in kinds}  # fmt: skip
+
+    # What is trained, and on what. `scratch` is a small model of our own. A frozen base is what
+    # this line of work compares by (train: new); SOLAR was published with everything trained.
+    upscale: str = flag(
+        "how the base becomes deeper", "none", group="what", choices=("none", *METHODS)
+    )
+    base: str = flag("scratch (for pydocs), gpt2 (else), gpt2-medium, ..., a checkpoint or .bin")
+    dataset: str = flag("text to train on (default: the base's own, or pydocs)", choices=DATASETS)
+    data_dir: str = flag("folder of data and caches (default ./data)", type=os.path.abspath)
+    tokenizer: str = flag("gpt2, gpt2:N, bytes (default: the base's; bytes for pydocs, else gpt2)")
+    train: str = flag("what learns: new (midus, llama-pro), all (else), or blocks from 1: 2,4")
+    preset: str = flag("tiny, small or gpt2 (default: by the base's width)", choices=PRESET_NAMES)
+
+    # The shape of a base from scratch, and its own training before it is up-scaled.
+    n_layer: int = flag("transformer blocks", group="a base from scratch")
+    n_head: int = flag("attention heads")
+    n_embd: int = flag("width; a multiple of n_head")
+    base_tokens: int = flag("training tokens of the base")
+    base_lr: float = flag("peak learning rate of the base")
+
+    # How it is trained. The rate rises for `warmup` steps, then falls to a tenth. The number of
+    # parts changes the result by no more than rounding. An entry of a bank is read seldom, so it
+    # has few steps to learn in: banks have a rate of their own [Lample et al. 2019].
+    tokens: int = flag("training tokens (for GPT-2 one epoch)", group="training")
+    block_size: int = flag("tokens in a sequence")
+    batch_size: int = flag("sequences in an optimizer step")
+    grad_accum: int = flag("parts that a step's batch is cut in, to save memory")
+    lr: float = flag("peak learning rate")
+    memory_lr: float = flag("peak learning rate of memory banks")
+    weight_decay: float = flag("of matrices, never of banks", 0.1)
+    warmup: int = flag(
+        "steps of rising learning rate (default: 5%% of all)", type=common.seed_number
+    )
+    eval_every: int = flag("steps between validations (default: 10%% of all)")
+    save_every: int = flag("steps between checkpoints (default: 10%% of all)")
+    seed: int = flag("of new weights and the data's order", 0, type=common.seed_number)
+
+    # What belongs to the machine.
+    dtype: str = flag(
+        "of autocast (default: bfloat16 where that is fast)",
+        group="machine",
+        choices=("float32", "bfloat16"),
+    )
+    compile: bool = flag("torch.compile the model", False)
+
+    def steps(self) -> int:
+        return max(1, self.tokens // (self.batch_size * self.block_size))
+
+
+# fmt: off
+PRESETS = {
+    #              tiny       small      gpt2
+    "n_layer":     (4,         6,         None),
+    "n_head":      (4,         4,         None),
+    "n_embd":      (128,       256,       None),
+    "base_tokens": (1_600_000, 1_200_000, None),
+    "base_lr":     (3e-3,      2e-3,      None),
+    "tokens":      (800_000,   600_000,   None),  # None: one epoch
+    "block_size":  (64,        256,       1024),
+    "batch_size":  (16,        16,        32),
+    "grad_accum":  (1,         1,         8),
+    "lr":          (2e-3,      1e-3,      2e-4),
+    "memory_lr":   (1e-2,      1e-2,      1e-3),
+    "n_keys":      (32,        64,        128),
+    "top_k":       (8,         8,         16),
+    "d_latent":    (32,        64,        64),
+}
+# fmt: on
+OF_SCRATCH = ("n_layer", "n_head", "n_embd", "base_tokens", "base_lr")
+OF_THE_MACHINE = ("data_dir", "dtype", "compile", "grad_accum")  # these may change on resume
+
+
+def parse_arguments() -> tuple[argparse.Namespace, dict]:
+    """The flags of the command itself, and the settings that were given, by name."""
+    parser = argparse.ArgumentParser(description="Train a GPT, or up-scale one and train it on.")
+    common.add_flags(parser, Settings)
+    parser.add_argument("--device", help="cpu, cuda or mps (default: the best there is)")
+    parser.add_argument(
+        "--out",
+        type=common.checkpoint_file,
+        default="ckpt.pt",
+        help="the checkpoint; losses go to a .jsonl beside it (default ckpt.pt)",
+    )
+    group = parser.add_mutually_exclusive_group()
+    group.add_argument("--resume", action="store_true", help="go on with --out, as it was begun")
+    group.add_argument("--overwrite", action="store_true", help="move an old --out to OUT.old")
+    arguments = parser.parse_args()
+
+    names = {field.name for field in dataclasses.fields(Settings)}
+    given = {name: value for name, value in vars(arguments).items() if name in names}
+    return arguments, given
+
+
+@dataclasses.dataclass
+class Base:
+    """What a run starts from."""
+
+    name: str
+    config: GPTConfig | None  # None: from scratch, as the settings will say
+    info: dict  # what its file says of tokenizer and data
+    model: GPT | None  # None: to be trained, or to be downloaded
+
+
+def find_base(given: dict) -> Base:
+    """The base that the flags ask for, read if it is a file. Raises ValueError if it is none."""
+    on_pydocs = given.get("dataset", "pydocs") == "pydocs"
+    name = given.get("base", "scratch" if on_pydocs else "gpt2")
+    if name == "scratch":
+        return Base(name, config=None, info={}, model=None)
+    if name in PRETRAINED:
+        return Base(name, config=PRETRAINED[name], info={"tokenizer": "gpt2"}, model=None)
+    model, info = open_model(name)
+    return Base(name, config=model.config, info=info, model=model)
+
+
+def choose_settings(given: dict, base: Base, device: torch.device) -> Settings:
+    """The settings of a new run: what the preset says, then the base, then the flags."""
+    dataset = given.get("dataset", base.info.get("dataset", "pydocs"))
+    on_pydocs = dataset == "pydocs"
+    settings = Settings(base=base.name, dataset=dataset)
+
+    # The preset, by the base's width; a base from scratch is never of GPT-2's size unless told.
+    default_width = 128 if on_pydocs else 256
+    width = base.config.n_embd if base.config else given.get("n_embd", default_width)
+    by_width = "tiny" if width <= 128 else "small" if width <= 512 or not base.config else "gpt2"
+    settings.preset = given.get("preset", by_width)
+    for name, values in PRESETS.items():
+        setattr(settings, name, values[PRESET_NAMES.index(settings.preset)])
+
+    # The base and the machine.
+    if base.config:
+        settings.block_size = base.config.block_size
+    settings.tokenizer = base.info.get("tokenizer", "bytes" if on_pydocs else "gpt2")
+    settings.data_dir = os.path.abspath(base.info.get("data_dir", "data"))
+    settings.dtype = "bfloat16" if common.has_bf16(device) else "float32"
+
+    # The flags, and what hangs on them. A base that is not up-scaled is itself what this run
+    # trains.
+    for name, value in given.items():
+        setattr(settings, name, value)
+    if settings.train is None:
+        settings.train = "new" if settings.upscale in ("midus", "llama-pro") else "all"
+    if base.name == "scratch" and settings.upscale == "none":
+        settings.lr = given.get("lr", settings.base_lr)
+        settings.tokens = given.get("tokens", settings.base_tokens)
+
+    # What does not concern this run.
+    unused = () if settings.upscale == "midus" else MEMORY
+    unused += () if base.name == "scratch" else OF_SCRATCH
+    for name in unused:
+        setattr(settings, name, None)
+    return settings
+
+
+def refuse_useless_flags(given: dict, settings: Settings, base: Base) -> None:
+    """Raises ValueError for a flag that this run has no use for."""
+    method = settings.upscale
+    inserts = method != "none"
+    has_memory = method == "midus" or (base.config is not None and "M" in base.config.blocks)
+    rules = (
+        (OF_SCRATCH, base.name == "scratch", f"this run has --base {base.name}, not scratch"),
+        (("base_tokens", "base_lr"), inserts, "only with --upscale; else say --tokens and --lr"),
+        (PLACEMENT, inserts, "only with --upscale; this run inserts no blocks"),
+        (MEMORY, method == "midus", f"only with --upscale midus; {method} has no memory blocks"),
+        (("memory_lr",), has_memory, "there are no memory blocks"),
+    )
+    for names, useful, sentence in rules:
+        useless = [f"--{name}" for name in names if name in given]
+        if useless and not useful:
+            raise ValueError(f"{', '.join(useless)}: {sentence}")
+
+
+def refuse_contradictions(settings: Settings, base: Base) -> None:
+    """Raises ValueError for settings that cannot be together."""
+    theirs = base.info.get("tokenizer", settings.tokenizer)
+    if settings.tokenizer != theirs:
+        raise ValueError(f"--tokenizer {settings.tokenizer}: the base was trained with {theirs}")
+    config = base.config or scratch_config(settings)
+    check_vocabulary(settings.tokenizer, config.vocab_size)
+    if settings.block_size > config.block_size:
+        positions = f"the base's {config.block_size} positions"
+        raise ValueError(f"--block_size {settings.block_size} is more than {positions}")
+
+    # A trial without memory for weights: it refuses all that up-scaling and the blocks refuse.
+    with torch.device("meta"):
+        model = GPT(config)
+        if settings.upscale != "none":
+            model = deepen(model, settings)
+        set_trainable(model, settings.train)
+
+
+def refuse_parts(settings: Settings) -> None:
+    """Raises ValueError unless a batch can be cut evenly, for processes and into parts."""
+    processes = common.process_count()
+    if settings.batch_size % (settings.grad_accum * processes):
+        factor = f"--grad_accum times {processes} processes"
+        raise ValueError(f"{factor} must divide the batch of {settings.batch_size}")
+
+
+def settings_on_resume(saved: dict, given: dict, out: str) -> Settings:
+    """The settings that the run in out was begun with. Only the machine's may be others now."""
+    if "step" not in saved:
+        raise ValueError(f"{out} was not written by train.py; name it as --base to train it")
+    settings = Settings(**saved["settings"])
+    for name, value in given.items():
+        begun_with = getattr(settings, name)
+        if name not in OF_THE_MACHINE and value != begun_with:
+            raise ValueError(f"--{name} contradicts {out}, begun with {begun_with}; drop the flag")
+        setattr(settings, name, value)
+    return settings
+
+
+def print_settings(settings: Settings) -> None:
+    """A line per group of flags, without those that this run has no use for."""
+    groups = {}
+    for field in dataclasses.fields(settings):
+        if field.metadata["group"]:
+            shown = groups[field.metadata["group"]] = []
+        value = getattr(settings, field.name)
+        if value is not None:
+            shown.append(f"{field.name} {value}")
+    for group, shown in groups.items():
+        if shown:
+            print(f"{group + ':':21}{', '.join(shown)}")
+
+
+# ---- Models from settings ------------------------------------------------------------------------
+def scratch_config(settings: Settings) -> GPTConfig:
+    shape = (settings.n_layer, settings.n_head, settings.n_embd, settings.block_size)
+    return GPTConfig(*shape, vocab_size(settings.tokenizer))
+
+
+def deepen(base: GPT, settings: Settings) -> GPT:
+    options = {name: getattr(settings, name) for name in PLACEMENT + MEMORY}
+    given = {name: value for name, value in options.items() if value is not None}
+    return upscale(base, settings.upscale, **given)
+
+
+def settings_of_scratch_base(settings: Settings) -> Settings:
+    """The run that trains the base of this one: the same, but nothing is inserted."""
+    own = dataclasses.replace(settings, upscale="none", train="all")
+    own.tokens = settings.base_tokens
+    own.lr = settings.base_lr
+    for name in (*PLACEMENT, *MEMORY, "memory_lr", "warmup", "eval_every", "save_every"):
+        setattr(own, name, None)
+    return own
+
+
+def path_of_scratch_base(settings: Settings, text: Split) -> str:
+    """Where that base is kept: its name holds a hash of all that shapes its weights."""
+    shaping = dataclasses.asdict(settings)
+    for name in ("data_dir", "compile", "preset"):
+        del shaping[name]
+    everything = json.dumps([shaping, text.identity], sort_keys=True)
+    key = hashlib.sha256(everything.encode()).hexdigest()[:12]
+    return os.path.join(settings.data_dir, f"base-{key}.pt")
+
+
+# ---- Optimizer -----------------------------------------------------------------------------------
+def make_optimizer(
+    model: GPT, lr: float, memory_lr: float | None, weight_decay: float
+) -> torch.optim.AdamW:
+    """AdamW over every trainable parameter, each in one group: matrices, vectors, banks."""
+    matrices = []
+    vectors = []  # biases and norms
+    banks = []
     for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            kind = "banks" if name.endswith("hive.bank") else "matrices" if parameter.dim() >= 2 else "vectors"
-            groups[kind]["params"].append(parameter)
+        if not parameter.requires_grad:
+            continue
+        if name.endswith("hive.bank"):
+            banks.append(parameter)
+        elif parameter.dim() >= 2:
+            matrices.append(parameter)
+        else:
+            vectors.append(parameter)
+
+    # Banks have a rate of their own, and no weight decay: it would shrink entries nobody has read.
+    groups = [
+        {"name": "matrices", "params": matrices, "peak_lr": lr, "weight_decay": weight_decay},
+        {"name": "vectors", "params": vectors, "peak_lr": lr, "weight_decay": 0.0},
+        {"name": "banks", "params": banks, "peak_lr": memory_lr, "weight_decay": 0.0},
+    ]
+    groups = [group for group in groups if group["params"]]
+    for group in groups:
+        group["lr"] = group["peak_lr"]
     fused = model.wte.weight.device.type in ("cpu", "cuda")
-    return torch.optim.AdamW([g for g in groups.values() if g["params"]], betas=(0.9, 0.95), fused=fused)
+    return torch.optim.AdamW(groups, betas=(0.9, 0.95), fused=fused)
 
 
 def schedule(step: int, warmup: int, steps: int) -> float:
-    """Share of the peak learning rate at a step, from 0: linear rise, then half a cosine down to a tenth."""
+    """Share of the peak rate at a step, from 0: a linear rise, then half a cosine to a tenth."""
     if step < warmup:
         return (step + 1) / (warmup + 1)
-    return 0.1 + 0.45 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
+    done = (step - warmup) / max(1, steps - warmup)
+    return 0.1 + 0.45 * (1 + math.cos(math.pi * done))
 
 
-# ---- Several processes (torchrun): each trains on its part of a batch; rank 0 evaluates, prints, writes --------------
-def join_ranks(device: torch.device) -> tuple[torch.device, int, int]:
-    """This process's device, rank and the number of processes, as torchrun's environment variables say."""
-    rank, ranks = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
-    if ranks > 1:
-        if device.type == "cuda":
-            device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
-            torch.cuda.set_device(device)
-        patient = timedelta(hours=3)  # the others wait while rank 0 tokenizes or validates
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=patient)
-    if rank > 0:
-        sys.stdout = open(os.devnull, "w")
-    return device, rank, ranks
+# ---- One step ------------------------------------------------------------------------------------
+DIVERGED = "the loss or a gradient became NaN or infinite; try a lower --lr or --memory_lr"
 
 
-def rank_of_ranks() -> tuple[int, int]:
-    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+def train_step(
+    model: GPT,
+    optimizer: torch.optim.AdamW,
+    batch: tuple[Tensor, Tensor],
+    dtype: torch.dtype,
+    grad_accum: int,
+) -> float:
+    """One optimizer step on a batch of inputs and targets, both (B, T), cut in grad_accum parts.
 
+    model may be wrapped for several processes, or compiled. Returns the mean loss before the step,
+    in nats. Raises FloatingPointError, and changes no weight, if something is NaN or infinite.
+    """
+    inputs, targets = batch
+    parts = list(zip(inputs.chunk(grad_accum), targets.chunk(grad_accum)))
+    mean_loss = torch.zeros((), device=inputs.device)
 
-def mean_over_ranks(values: list[float], device: torch.device) -> list[float]:
-    """The mean of each value over all processes; waits for all of them."""
-    if not dist.is_initialized():
-        return values
-    tensor = torch.tensor(values, dtype=torch.float64, device=device if device.type == "cuda" else "cpu")
-    dist.all_reduce(tensor)
-    return (tensor / dist.get_world_size()).tolist()
-
-
-# ---- Training --------------------------------------------------------------------------------------------------------
-@contextmanager
-def graceful_stop() -> Iterator[list]:
-    """Yields a list that Ctrl-C or SIGTERM puts an entry in, so that the step can end; Ctrl-C again stops at once."""
-    stop = []
-
-    def handler(signum, frame):
-        if not stop:
-            tqdm.write("stopping after this step; Ctrl-C now stops at once, without saving")
-        elif signum == signal.SIGINT:  # not a second SIGTERM: torchrun adds its own to one that every process got
-            raise KeyboardInterrupt
-        stop.append(signum)
-
-    old = {number: signal.signal(number, handler) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield stop
-    finally:
-        for number, previous in old.items():
-            signal.signal(number, previous)
-
-
-def train_step(model: GPT, optimizer: torch.optim.AdamW, batch: list, dtype: torch.dtype, grad_accum: int) -> float:
-    """One optimizer step of the model, wrapped or not, on inputs and targets (B, T), cut in grad_accum parts. Returns
-    the mean loss before it, in nats. Raises FloatingPointError if something is NaN."""
-    total, parts = 0.0, list(zip(*(half.chunk(grad_accum) for half in batch)))
-    for x, y in parts:
-        wait = hasattr(model, "no_sync") and x is not parts[-1][0]  # ranks meet in the last part
-        with model.no_sync() if wait else nullcontext():
+    # Forward and backward, part by part: gradients add up. Several processes exchange theirs once,
+    # in the last part.
+    for number, (x, y) in enumerate(parts, start=1):
+        exchanges = number == len(parts) or not hasattr(model, "no_sync")
+        with nullcontext() if exchanges else model.no_sync():
             with torch.autocast(x.device.type, dtype=dtype, enabled=dtype != torch.float32):
-                loss = model(x, y)[1] / grad_accum
+                loss = model(x, y) / len(parts)
             loss.backward()
-        total += loss.detach()
-    kinds = {True: [], False: []}  # banks are clipped apart: neither kind's gradients shall scale the other's down
+        mean_loss += loss.detach()
+
+    # Banks are clipped apart: neither kind's gradients shall scale the other's down.
+    banks = []
+    others = []
     for group in optimizer.param_groups:
-        kinds[group["name"] == "banks"] += group["params"]
-    norms = [torch.nn.utils.clip_grad_norm_(parameters, 1.0) for parameters in kinds.values() if parameters]
-    if not math.isfinite((total + sum(norms)).item()):
+        kind = banks if group["name"] == "banks" else others
+        kind.extend(group["params"])
+    norm_of_banks = torch.nn.utils.clip_grad_norm_(banks, 1.0)
+    norm_of_others = torch.nn.utils.clip_grad_norm_(others, 1.0)
+    if not torch.isfinite(mean_loss + norm_of_banks + norm_of_others):
         raise FloatingPointError(DIVERGED)
+
     optimizer.step()
     optimizer.zero_grad()
-    return total.item()
+    return mean_loss.item()
 
 
-def fit(model: GPT, data: dict[str, Split], s: dict, state: dict, out: str, device: torch.device) -> None:
-    """Trains model in place from state["step"] to the end; keeps out, and a log of losses beside it, up to date.
+# ---- A run in files ------------------------------------------------------------------------------
+@dataclasses.dataclass
+class Progress:
+    """How far a run is. It is saved with model and settings: all that a resume needs.
 
-    state: step, history (a dict per step), rows (of the closing table), seconds spent in training; once saved, also
-    the optimizer. No random numbers are drawn here and batch i depends on i and the seed alone, so this is all that
-    a bit-equal resume needs. Raises KeyboardInterrupt if interrupted, FloatingPointError for a loss that is NaN.
+    Training draws no random numbers, and batch i depends on i and the seed alone, so on a CPU a
+    resumed run is bit for bit the one that was not interrupted.
     """
-    optimizer = make_optimizer(model, s["lr"], s["memory_lr"], s["weight_decay"])
-    if "optimizer" in state:
-        optimizer.load_state_dict(state["optimizer"])
-    state |= {name: s[name] for name in ("tokenizer", "dataset", "data_dir")} | {"settings": s, "method": s["upscale"]}
-    dtype, step_tokens = getattr(torch, s["dtype"]), s["batch_size"] * s["block_size"]
-    train, some = data["train"].tokens, data["valid"].tokens[: 64 * s["block_size"] + 1]
-    rank, ranks = rank_of_ranks()
-    wrapped = DistributedDataParallel(model) if ranks > 1 else model
-    wrapped = torch.compile(wrapped) if s["compile"] else wrapped
-    log_file = os.devnull if rank else f"{out.removesuffix('.pt')}.jsonl"
-    bar = tqdm(total=s["steps"], initial=state["step"], unit="step", disable=None if rank == 0 else True)
-    with open(log_file, "w") as log, graceful_stop() as stop, bar:
-        log.writelines(json.dumps(entry) + "\n" for entry in state["history"])
-        while state["step"] < s["steps"]:
-            start = time.perf_counter()
+
+    text: str  # identity of the text it trains on
+    step: int = 0
+    seconds: float = 0.0  # spent in training steps
+    history: list[dict] = dataclasses.field(default_factory=list)  # an entry per step
+    rows: list[dict] = dataclasses.field(default_factory=list)  # of the closing table, so far
+    optimizer: dict | None = None
+
+
+def log_name(path: str) -> str:
+    return path.removesuffix(".pt") + ".jsonl"
+
+
+def save(path: str, model: GPT, settings: Settings, progress: Progress) -> None:
+    """Writes the checkpoint, and the losses as lines of JSON beside it."""
+    about = {name: getattr(settings, name) for name in ("tokenizer", "dataset", "data_dir")}
+    about["method"] = settings.upscale
+    about["settings"] = dataclasses.asdict(settings)
+    save_checkpoint(path, model, **about, **vars(progress))
+    with common.written_whole(log_name(path)) as temporary, open(temporary, "w") as file:
+        file.writelines(json.dumps(entry) + "\n" for entry in progress.history)
+
+
+def progress_on_resume(saved: dict, text: Split, path: str) -> Progress:
+    """What save() wrote. Raises ValueError if the text is another than then."""
+    names = [field.name for field in dataclasses.fields(Progress)]
+    progress = Progress(**{name: saved[name] for name in names})
+    if progress.text != text.identity:
+        raise ValueError(f"the data is not the text {path} was begun with; see --data_dir")
+    return progress
+
+
+def refuse_existing_files(out: str, overwrite: bool) -> None:
+    """Raises ValueError where a new run would write over something, unless that is wanted."""
+    for path in (out, log_name(out)):
+        if os.path.exists(path) and not overwrite:
+            ways = (
+                "add --resume to go on with it, --overwrite to move it aside, or say another --out"
+            )
+            raise ValueError(f"{path} exists; {ways}")
+
+
+def move_old_files_aside(out: str) -> None:
+    """Else a run that is killed before its first checkpoint would be resumed as the one before."""
+    for path in (out, log_name(out)):
+        if os.path.exists(path) and common.is_main():
+            os.replace(path, f"{path}.old")
+
+
+# ---- The loop ------------------------------------------------------------------------------------
+def train(
+    model: GPT, settings: Settings, progress: Progress, data: dict[str, Split], out: str
+) -> None:
+    """Trains what of model requires gradients, from progress to the end of the run.
+
+    Works in place, and keeps out up to date. Raises KeyboardInterrupt after Ctrl-C or SIGTERM, with
+    everything saved, and FloatingPointError if the loss becomes NaN, with the last good checkpoint
+    in place.
+    """
+    # A resumed run goes on with the optimizer's averages.
+    device = model.wte.weight.device
+    optimizer = make_optimizer(model, settings.lr, settings.memory_lr, settings.weight_decay)
+    if progress.optimizer is not None:
+        optimizer.load_state_dict(progress.optimizer)
+
+    # Several processes share the work; a compiled model does it in fewer, larger kernels.
+    wrapped = model
+    if common.process_count() > 1:
+        wrapped = DistributedDataParallel(model)
+    if settings.compile:
+        wrapped = torch.compile(wrapped)
+
+    # How long it is, and what happens when.
+    steps = settings.steps()
+    tokens_per_step = settings.batch_size * settings.block_size
+    warmup = max(1, steps // 20) if settings.warmup is None else settings.warmup
+    eval_every = settings.eval_every or max(1, steps // 10)
+    save_every = settings.save_every or max(1, steps // 10)
+
+    # What it is going to do.
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    text = f"{settings.tokens:,} tokens of {settings.dataset} ({settings.tokenizer})"
+    print(f"training {trained:,} parameters on {device}, {settings.dtype}: {text},")
+    print(f"steps {progress.step} to {steps}, {tokens_per_step:,} tokens each, writing {out}")
+
+    # A validation while it trains reads 64 windows, not the whole split.
+    sample = data["valid"].tokens[: 64 * settings.block_size + 1]
+    reported_step = progress.step
+    reported_seconds = progress.seconds
+    dtype = getattr(torch, settings.dtype)
+    hidden = None if common.is_main() else True  # None: shown on a terminal
+    bar = tqdm(total=steps, initial=progress.step, unit="step", disable=hidden)
+    with common.stop_signal() as stop, bar:
+        while progress.step < steps:
+            started = time.perf_counter()
+
+            # The learning rate of this step.
+            share_of_peak = schedule(progress.step, warmup, steps)
             for group in optimizer.param_groups:
-                group["lr"] = group["peak_lr"] * schedule(state["step"], s["warmup"], s["steps"])
-            batch = get_batch(train, state["step"], s["batch_size"], s["block_size"], s["seed"])
-            batch = [half.chunk(ranks)[rank].to(device) for half in batch]
-            loss = train_step(wrapped, optimizer, batch, dtype, s["grad_accum"])
-            loss, stopping = mean_over_ranks([loss, bool(stop)], device)
-            state["step"] += 1
-            state["seconds"] += time.perf_counter() - start
-            entry = {"step": state["step"], "loss": loss}
-            if rank == 0 and state["step"] % s["eval_every"] == 0:
-                nll, tokens = sum_nll(model, some)
-                entry["valid_loss"] = nll / tokens
-                rate = state["step"] * step_tokens / state["seconds"]
-                tqdm.write(f"step {state['step']}/{s['steps']}  loss {loss:.3f}  validation perplexity "
-                           f"{perplexity(nll, tokens):.2f} on {tokens:,} tokens  {rate:,.0f} tokens/s")  # fmt: skip
-            state["history"].append(entry)
-            log.write(json.dumps(entry) + "\n")
+                group["lr"] = group["peak_lr"] * share_of_peak
+
+            # The batch of this step; with several processes, the part of this one.
+            sizes = (settings.batch_size, settings.block_size)
+            x, y = get_batch(data["train"].tokens, progress.step, *sizes, settings.seed)  # (B, T)
+            x = x.chunk(common.process_count())[common.process_rank()].to(device)
+            y = y.chunk(common.process_count())[common.process_rank()].to(device)
+
+            # Forward, backward, update.
+            loss = train_step(wrapped, optimizer, (x, y), dtype, settings.grad_accum)
+            loss = common.mean_over_processes(loss, device)
+            progress.step += 1
+            progress.seconds += time.perf_counter() - started
+            entry = {"step": progress.step, "loss": loss}
+            progress.history.append(entry)
             bar.update()
-            if rank == 0 and (stopping or state["step"] % s["save_every"] == 0 or state["step"] == s["steps"]):
-                if not math.isfinite(sum_nll(model, some[: s["block_size"] + 1])[0]):  # a good loss, then a bad update
+
+            # Now and then: the loss on text that it does not train on.
+            if common.is_main() and progress.step % eval_every == 0:
+                nll, count = sum_nll(model, sample)
+                entry["valid_loss"] = nll / count
+                seconds = progress.seconds - reported_seconds
+                rate = (progress.step - reported_step) * tokens_per_step / seconds
+                reported_step = progress.step
+                reported_seconds = progress.seconds
+                tqdm.write(
+                    f"step {progress.step}/{steps}  loss: training {loss:.3f}, validation "
+                    f"{nll / count:.3f} on {count:,} tokens  {rate:,.0f} tokens/s"
+                )
+
+            # Now and then, and at the end: everything that a resume needs. A good loss may have
+            # been followed by a bad update, so one window is scored first.
+            stopping = common.true_in_any_process(stop.is_set(), device)
+            due = progress.step % save_every == 0 or progress.step == steps
+            if common.is_main() and (due or stopping):
+                nll, count = sum_nll(model, sample[: settings.block_size + 1])
+                if not math.isfinite(nll):
                     raise FloatingPointError(DIVERGED)
-                state["optimizer"] = optimizer.state_dict()
-                save_checkpoint(out, model, **state)
-                log.flush()
+                progress.optimizer = optimizer.state_dict()
+                save(out, model, settings, progress)
             if stopping:
-                raise KeyboardInterrupt(f"interrupted; {out} is saved at step {state['step']} of {s['steps']}; "
-                                        "go on with the same command, with --resume if it asks for that")
+                raise KeyboardInterrupt(
+                    f"interrupted; {out} is saved at step {progress.step} of {steps}; go on with "
+                    "the same command, with --resume if it asks for that"
+                )
 
 
-# ---- One run ---------------------------------------------------------------------------------------------------------
-def scratch_base(s: dict, data: dict[str, Split], device: torch.device) -> GPT:
-    """The base trained from scratch: a run of its own, kept under the data folder by a hash of all that shapes it."""
-    names = ("dataset", "tokenizer", "text", "block_size", "batch_size", "grad_accum", "weight_decay", "seed", "dtype")
-    own = {name: s[name] for name in (*names, *SHAPE)} | {"upscale": "none", "base": "scratch", "train": "all"}
-    own |= {"tokens": s["base_tokens"], "lr": s["base_lr"], "memory_lr": 0.0}  # it has no banks
-    key = hashlib.sha256(json.dumps(own, sort_keys=True).encode()).hexdigest()[:12]
-    path = kept(s["data_dir"], f"base-{key}.pt")
+# ---- What it was worth ---------------------------------------------------------------------------
+def table_row(label: str, model: GPT, valid: Split) -> list[dict]:
+    """A row of the closing table: sizes, and perplexity on the whole validation split.
+
+    In a list, which is empty in all processes but the first.
+    """
+    if not common.is_main():
+        return []
+    nll, count = sum_nll(model, valid.tokens, desc=f"validating {label}")
+    new = [p for i in model.config.new for p in model.h[i].parameters()]
+    row = {
+        "label": label,
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "added": sum(p.numel() for p in new),
+        "trained": sum(p.numel() for p in model.parameters() if p.requires_grad),
+        "perplexity": perplexity(nll, count),
+    }
+    return [row]
+
+
+def print_table(rows: list[dict], valid: Split) -> None:
+    print(f"\nperplexity: token-level, validation split, {len(valid.tokens) - 1:,} tokens")
+    print(f"{'':20}{'parameters':>14}{'added':>12}{'trained':>14}{'perplexity':>12}")
+    for row in rows:
+        sizes = f"{row['parameters']:14,}{row['added']:12,}{row['trained']:14,}"
+        print(f"{row['label']:20}{sizes}{row['perplexity']:12.4f}")
+
+
+# ---- The story -----------------------------------------------------------------------------------
+def get_base(base: Base, settings: Settings, data: dict[str, Split], device: torch.device) -> GPT:
+    """The base from a file, by name, or from scratch."""
+    if base.name in PRETRAINED:
+        named = (base.name, settings.data_dir)
+        model, _ = common.main_process_first(lambda: open_model(*named))
+        return model.to(device)
+    if base.name != "scratch":
+        return base.model.to(device)
+
+    torch.manual_seed(settings.seed)
+    model = GPT(scratch_config(settings))
+    if settings.upscale == "none":
+        return model.to(device)  # training it is this run's own work
+
+    # It is trained in a run of its own, which may have been done, or interrupted, before.
+    settings = settings_of_scratch_base(settings)
+    path = path_of_scratch_base(settings, data["train"])
+    progress = Progress(data["train"].identity)
     if os.path.exists(path):
-        model, state = load_checkpoint(path)
-        own = state.pop("settings")
-        if state["step"] == own["steps"]:
-            print(f"base: {path}, trained earlier")
-            return model.to(device)
-        print(f"base: going on with {path}")
-    else:
-        print(f"base: none yet; training one, kept as {path}")
-        own |= {"data_dir": s["data_dir"], "compile": s["compile"]}
-        model, state = begin(own, data, device)
-    run(own, path, data, device, model, state)
+        model, saved = load_checkpoint(path)
+        progress = progress_on_resume(saved, data["train"], path)
+    print(f"base: {path}, step {progress.step} of {settings.steps()}")
+    model = model.to(device)
+    train(model, settings, progress, data, path)
     return model
 
 
-def begin(s: dict, data: dict[str, Split], device: torch.device, base: GPT | None = None) -> tuple[GPT, dict]:
-    """The model a new run starts with, and the state that fit() carries on. Completes the settings s in place."""
-    s["tokens"] = s["tokens"] or len(data["train"].tokens)
-    s["steps"] = max(1, s["tokens"] // (s["batch_size"] * s["block_size"]))
-    for name, parts in (("warmup", 20), ("eval_every", 10), ("save_every", 10)):
-        s.setdefault(name, max(1, s["steps"] // parts))
-    if s["base"] == "scratch" and s["upscale"] != "none":
-        base = scratch_base(s, data, device)
-    torch.manual_seed(s["seed"])
-    state, model = {"step": 0, "history": [], "rows": [], "seconds": 0.0}, base or GPT(scratch_config(s))
-    if s["upscale"] != "none":
-        base.to(device).requires_grad_(False)
-        if rank_of_ranks()[0] == 0:
-            state["rows"].append(row("base", base, data["valid"]))
-        model = deepen(base, s)
-        print(summary(base, model))
-    return model, state
-
-
-def run(s: dict, out: str, data: dict[str, Split], device: torch.device, model: GPT, state: dict) -> None:
-    """Trains model from state to the end of the run, and prints what it does before and the table after."""
-    label = "training" if s["upscale"] == "none" else s["upscale"]
-    set_trainable(model.to(device), s["train"])
-    rank, ranks = rank_of_ranks()
-    if rank == 0 and state["step"] == 0:
-        state["rows"].append(row(f"{label}, start", model, data["valid"]))
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    print(f"training {trained:,} parameters on {device}, {s['dtype']}: {s['tokens']:,} tokens of {s['dataset']} "
-          f"({s['tokenizer']}), steps {state['step']} to {s['steps']}, writing {out}")  # fmt: skip
-    minutes = (s["steps"] - state["step"]) * step_seconds(model, data["train"], s, ranks) / 60
-    print(f"this will take about {minutes:,.1f} min, validation not counted")
-    fit(model, data, s, state, out, device)
-    if rank == 0:
-        print_table([*state["rows"], row(f"{label}, end", model, data["valid"], state, s)], data["valid"])
-
-
 def main() -> None:
-    args = parse_arguments()
-    device, rank, ranks = join_ranks(pick_device(args.device))
-    if args.resume:
-        base, (model, state) = None, load_checkpoint(args.out)
-        s = state.pop("settings", {})
-        if "step" not in state:
-            raise ValueError(f"{args.out} was not written by train.py; name it as --base to train it")
-        for name, value in vars(args).items():
-            if name in ("data_dir", "dtype", "compile", "grad_accum") and value is not None:  # another machine's
-                s[name] = value
-            elif name not in ("device", "out", "resume", "overwrite") and value not in (None, s.get(name)):
-                raise ValueError(f"--{name} contradicts {args.out}, begun with {s.get(name, 'none')}; drop the flag")
+    arguments, given = parse_arguments()
+    device = common.join_processes(common.pick_device(arguments.device))
+    out = arguments.out
+
+    # Settings. Whatever can be refused is refused here, before anything long begins.
+    if arguments.resume:
+        model, saved = load_checkpoint(out)
+        settings = settings_on_resume(saved, given, out)
     else:
-        if os.path.exists(args.out) and not args.overwrite:
-            raise ValueError(f"{args.out} exists; add --resume to go on with it, --overwrite to replace it, or --out")
-        s, base = settle(args, device)
-    if s["batch_size"] % (s["grad_accum"] * ranks):
-        raise ValueError(f"--grad_accum times {ranks} processes must divide the batch of {s['batch_size']}")
-    if s["dtype"] == "bfloat16" and device.type != "cpu" and not has_bf16(device):
-        raise ValueError(f"--dtype bfloat16: {device} does not have it; use --dtype float32")
-    if s["compile"]:
-        try:
-            torch.compile(torch.sin)(torch.zeros(2, device=device))
-        except Exception as error:  # each backend raises a kind of its own
-            raise ValueError(f"--compile does not work here; say --no-compile: {str(error).splitlines()[0]}") from None
-    print("settings:", ", ".join(f"{name} {value}" for name, value in s.items()))
-    for first in (True, False):  # rank 0 downloads and tokenizes in the first turn, the others find it in the second
-        if (rank == 0) == first:
-            data = load_dataset(s["dataset"], s["tokenizer"], s["data_dir"], ("train", "valid"))
-            if s["base"] in PRETRAINED and not args.resume:
-                base = GPT.from_pretrained(s["base"], s["data_dir"])
-        mean_over_ranks([0.0], device)  # the others wait here for rank 0
-    get_batch(data["train"].tokens, 0, s["batch_size"], s["block_size"], 0)  # refuses a split that is too short
-    text = os.path.basename(data["train"].tokens.filename)  # holds a hash of text and tokenizer; a resume compares it
-    if s.setdefault("text", text) != text:
-        raise ValueError(f"{s['dataset']} in {s['data_dir']} is not the text {args.out} was begun with; see --data_dir")
-    if args.overwrite and rank == 0 and os.path.exists(args.out):
-        os.replace(args.out, f"{args.out}.old")
-    if not args.resume:
-        model, state = begin(s, data, device, base)
-    del base  # up-scaling copied it
-    run(s, args.out, data, device, model, state)
-    if ranks > 1:
-        dist.destroy_process_group()
+        refuse_existing_files(out, arguments.overwrite)
+        base = find_base(given)
+        settings = choose_settings(given, base, device)
+        refuse_useless_flags(given, settings, base)
+        refuse_contradictions(settings, base)
+    refuse_parts(settings)
+
+    # Text. A first batch refuses a split that is too short.
+    source = (settings.dataset, settings.tokenizer, settings.data_dir, ("train", "valid"))
+    data = common.main_process_first(lambda: load_dataset(*source))
+    text = data["train"]
+    get_batch(text.tokens, 0, settings.batch_size, settings.block_size, settings.seed)
+    settings.tokens = settings.tokens or len(text.tokens)  # one epoch
+    print_settings(settings)
+
+    label = "base" if settings.upscale == "none" else settings.upscale
+    if arguments.resume:
+        progress = progress_on_resume(saved, text, out)
+        model = model.to(device)
+        set_trainable(model, settings.train)
+    else:
+        move_old_files_aside(out)
+        progress = Progress(text.identity)
+
+        # 1. The base.
+        model = get_base(base, settings, data, device)
+
+        # 2. Deeper, and at the start exactly the same (but for solar).
+        if settings.upscale != "none":
+            model.requires_grad_(False)
+            progress.rows += table_row("base", model, data["valid"])
+            torch.manual_seed(settings.seed)
+            deeper = deepen(model, settings)
+            print(summary(model, deeper))
+            model = deeper
+        set_trainable(model, settings.train)
+        progress.rows += table_row(f"{label}, start", model, data["valid"])
+
+    # 3. Continual pre-training.
+    train(model, settings, progress, data, out)
+
+    # 4. What it was worth.
+    progress.rows += table_row(f"{label}, end", model, data["valid"])
+    print_table(progress.rows, data["valid"])
+    rate = settings.tokens / progress.seconds
+    memory = common.peak_memory(device) / 2**20
+    print(f"training: {rate:,.0f} tokens/s, peak memory {memory:,.0f} MiB")
+    common.leave_processes()
 
 
 if __name__ == "__main__":
-    run_command(main)
+    common.run_command(main)

@@ -3,7 +3,8 @@ Four exercises. Each stub says what to build; replace its `raise` and see whethe
 
     python -m pytest -q tests/test_exercises.py -k yours
 
-An exercise that is not begun is skipped; tests/solutions.py has one solution of each. Shape names: see hml.py.
+An exercise that is not begun is skipped; tests/solutions.py has one solution of each. Shape names:
+see hml.py.
 """
 
 import os
@@ -21,8 +22,9 @@ from model import GPT
 class GatedMemory(HeadwiseMemory):
     """1. A gate. Each head decides from its query how much of what it found it lets through.
 
-    A parameter `gate` (H, d_h), zero at the start; head h's values m_h become sigmoid(q_h . gate_h) * m_h, so each head
-    starts half open. Everything else is HeadwiseMemory's. Start from its __init__ and forward; five lines are enough.
+    A parameter `gate` (H, d_h), zero at the start; head h's values m_h become sigmoid(q_h . gate_h)
+    * m_h, so each head starts half open. Everything else is HeadwiseMemory's. Start from its
+    __init__ and forward; five lines are enough.
     """
 
     def __init__(self, *args, **kwargs):
@@ -32,10 +34,11 @@ class GatedMemory(HeadwiseMemory):
 def three_way_topk(first: Tensor, second: Tensor, third: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """2. Three-way product keys: n^3 slots from 3n keys.
 
-    Slot (a, b, c) = (a * n + b) * n + c scores first[a] + second[b] + third[c]. first, second, third: (..., n).
-    Returns the k best scores (..., k), best first, and their slots (..., k), int64; 1 <= k <= n. Exact, with gradients
-    into all three, and without ever building the n^3 scores: at n=256 those would be 64 MiB for a single query in fp32.
-    Which triples of ranks can be among the k best? product_key_topk and candidate_pairs have the two-way answer.
+    Slot (a, b, c) = (a * n + b) * n + c scores first[a] + second[b] + third[c]. first, second,
+    third: (..., n). Returns the k best scores (..., k), best first, and their slots (..., k),
+    int64; 1 <= k <= n. Exact, with gradients into all three, and without ever building the n^3
+    scores: at n=256 those would be 64 MiB for a single query in fp32. Which triples of ranks can be
+    among the k best? product_key_topk and candidate_pairs have the two-way answer.
     """
     raise NotImplementedError
 
@@ -43,8 +46,9 @@ def three_way_topk(first: Tensor, second: Tensor, third: Tensor, k: int) -> tupl
 def share_bank(model: GPT) -> None:
     """3. One bank for all memory blocks of model, in place.
 
-    Every block keeps keys and projections of its own, and reads and trains the bank of the first. Afterwards the model
-    has fewer parameters, and one step of an optimizer moves the bank by the gradients of all blocks together.
+    Every block keeps keys and projections of its own, and reads and trains the bank of the first.
+    Afterwards the model has fewer parameters, and one step of an optimizer moves the bank by the
+    gradients of all blocks together.
     """
     raise NotImplementedError
 
@@ -52,9 +56,9 @@ def share_bank(model: GPT) -> None:
 def my_method(base: GPT, n_new: int) -> GPT:
     """4. An up-scaling method of your own, in ten lines.
 
-    Returns a model n_new blocks deeper, with its new blocks listed in config.new and the base's blocks around them,
-    unchanged and in order; base is left as it was. What the new blocks start as is up to you, but not plain copies, and
-    no output may be NaN. upscale.py's assemble, interleave and place do most of it; an entry in COPIES of compare.py
-    puts it into the table.
+    Returns a model n_new blocks deeper, with its new blocks listed in config.new and the base's
+    blocks around them, unchanged and in order; base is left as it was. What the new blocks start as
+    is up to you, but not plain copies, and no output may be NaN. upscale.py's assemble, interleave
+    and place do most of it; an entry in COPIES of compare.py puts it into the table.
     """
     raise NotImplementedError

@@ -1,7 +1,11 @@
-"""Paths: tests run from anywhere; ../shared holds real text and GPT-2's vocabulary where it is present."""
+"""Paths: tests run from anywhere.
+
+../shared holds real text and GPT-2's vocabulary where it is present.
+"""
 
 import importlib
 import os
+import shutil
 import sys
 from pathlib import Path
 
@@ -15,16 +19,22 @@ if (SHARED / "tiktoken_cache").is_dir():
 
 
 def pytest_addoption(parser):
-    parser.addoption("--long", action="store_true", help="more tries of every fault, and a soak (about an hour)")
+    parser.addoption(
+        "--long", action="store_true", help="more tries of every fault, and a soak (about an hour)"
+    )
 
 
 def pytest_configure(config):
-    config.addinivalue_line("filterwarnings", "ignore:Sparse CSR tensor support")  # as in hml.py: pytest drops that
+    # As in hml.py: pytest drops that.
+    config.addinivalue_line("filterwarnings", "ignore:Sparse CSR tensor support")
 
 
 def call(monkeypatch, script, *arguments):
-    """Runs a script's main in this process (a new one takes seconds to import torch); its exit status."""
-    from model import run_command
+    """Runs a script's main in this process (a new one takes seconds to import torch).
+
+    Its exit status.
+    """
+    from common import run_command
 
     monkeypatch.setattr(sys, "argv", [script, *map(str, arguments)])
     try:
@@ -56,12 +66,15 @@ def pydocs(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
-def wikitext2():
-    """Folder with the real WikiText-2; the test skips where it is absent."""
+def wikitext2(tmp_path_factory):
+    """A folder with the real WikiText-2, where caches may go; the test skips where it is absent."""
     folder = SHARED / "data" / "wikitext-2"
     if not folder.is_dir():
         pytest.skip("needs ../shared/data/wikitext-2")
-    return folder
+    copy = tmp_path_factory.mktemp("wikitext-2")
+    for path in folder.glob("wiki.*.tokens"):
+        shutil.copyfile(path, copy / path.name)
+    return copy
 
 
 @pytest.fixture(scope="session")

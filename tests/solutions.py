@@ -1,10 +1,10 @@
 """One solution of each exercise in experiments/exercises.py."""
 
 import torch
+from ablations import shared_bank
 from torch import Tensor, nn
 
-from ablations import shared_bank
-from hml import HeadwiseMemory, topk_indices
+from hml import HeadwiseMemory
 from model import GPT
 from upscale import assemble, interleave, place
 
@@ -22,12 +22,18 @@ class GatedMemory(HeadwiseMemory):
 def three_way_topk(first: Tensor, second: Tensor, third: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """A triple of ranks is matched or beaten by (a+1)(b+1)(c+1) triples, itself among them."""
     n, scores = first.size(-1), (first, second, third)
-    best = [topk_indices(s, k) for s in scores]  # each (..., k)
-    ranks = [(a, b, c) for a in range(k) for b in range(k) for c in range(k) if (a + 1) * (b + 1) * (c + 1) <= k]
+    best = [s.topk(k).indices for s in scores]  # each (..., k)
+    ranks = [
+        (a, b, c)
+        for a in range(k)
+        for b in range(k)
+        for c in range(k)
+        if (a + 1) * (b + 1) * (c + 1) <= k
+    ]
     ranks = torch.tensor(ranks, device=first.device).unbind(1)  # three of (P,)
     ids = [b[..., r] for b, r in zip(best, ranks)]  # each (..., P)
     sums = sum(s.gather(-1, i) for s, i in zip(scores, ids))  # (..., P)
-    winners = topk_indices(sums, k)  # (..., k)
+    winners = sums.topk(k).indices  # (..., k)
     a, b, c = (i.gather(-1, winners) for i in ids)  # each (..., k)
     return sums.gather(-1, winners), (a * n + b) * n + c
 
@@ -38,7 +44,9 @@ share_bank = shared_bank
 @torch.no_grad()
 def my_method(base: GPT, n_new: int) -> GPT:
     """Copies of the blocks below that speak softly: both output projections at a tenth."""
-    model = assemble(base, *interleave(base.config.n_layer, place(base.config.n_layer, False, n_new=n_new)))
+    model = assemble(
+        base, *interleave(base.config.n_layer, place(base.config.n_layer, False, n_new=n_new))
+    )
     for i in model.config.new:
         for proj in (model.h[i].attn.c_proj, model.h[i].mlp.c_proj):
             proj.weight *= 0.1

@@ -3,16 +3,15 @@
 import importlib.util
 import math
 
+import analyze
 import numpy as np
 import pytest
 import torch
 from conftest import call
+from test_model import CONFIG, wake
 from torch import nn
 
 from model import GPT, GPTConfig, save_checkpoint
-from test_model import CONFIG, wake
-
-import analyze
 
 TOKENS = np.random.default_rng(0).integers(0, 50, 12 * 20 + 5).astype(np.uint16)
 
@@ -26,7 +25,13 @@ def model():
 
 def test_slots_holding_a_share():
     weight = torch.tensor([1.0, 6, 1, 0, 2])
-    assert [analyze.slots_holding(weight, share) for share in (0.5, 0.6, 0.8, 0.81, 0.99)] == [1, 1, 2, 3, 4]
+    assert [analyze.slots_holding(weight, share) for share in (0.5, 0.6, 0.8, 0.81, 0.99)] == [
+        1,
+        1,
+        2,
+        3,
+        4,
+    ]
     assert analyze.slots_holding(torch.ones(10), 0.9) == 9
 
 
@@ -39,7 +44,11 @@ def test_usage_of_a_memory_that_always_reads_the_same(model):
     for row in rows:
         assert row["top1"] == pytest.approx(1 / 36) and row["topk"] == pytest.approx(3 / 36)
         assert row["entropy"] == pytest.approx(math.log(3), abs=1e-5)
-        assert row["50%"] == 2 and row["99%"] == 3 and row["kl"] == pytest.approx(math.log(12), abs=1e-5)
+        assert (
+            row["50%"] == 2
+            and row["99%"] == 3
+            and row["kl"] == pytest.approx(math.log(12), abs=1e-5)
+        )
 
 
 def test_only_heads_that_write_matter(model):
@@ -61,13 +70,16 @@ def test_silencing_is_the_loss_without_the_head(model):
     silenced, _ = analyze.head_importance(model, TOKENS)
     x, y = (torch.cat(part) for part in zip(*analyze.windows(model, TOKENS)))
     with torch.no_grad():
-        whole = model(x, y)[1].item()
+        whole = model(x, y).item()
         model.h[4].memory.hive.proj[1] = 0
-        assert silenced[4, 1].item() == pytest.approx(model(x, y)[1].item() - whole, abs=1e-5)
+        assert silenced[4, 1].item() == pytest.approx(model(x, y).item() - whole, abs=1e-5)
 
 
 def test_gradient_form_by_finite_difference(model):
-    """In the last memory block: a change below it could make it read other slots, where there is no gradient."""
+    """In the last memory block.
+
+    A change below it could make it read other slots, where there is no gradient.
+    """
     _, gradient = analyze.head_importance(model, TOKENS)
     x, y = (torch.cat(part) for part in zip(*analyze.windows(model, TOKENS)))
     proj, slopes = model.h[4].memory.hive.proj, []
@@ -88,12 +100,17 @@ def test_rank_correlation():
     assert analyze.rank_correlation(a, a**3) == pytest.approx(1)
     assert analyze.rank_correlation(a, -a) == pytest.approx(-1)
     tied = torch.tensor([1.0, 1, 2, 3])  # ranks 0.5, 0.5, 2, 3 against 2, 0, 1, 3
-    assert analyze.rank_correlation(tied, a) == pytest.approx(np.corrcoef([0.5, 0.5, 2, 3], [2, 0, 1, 3])[0, 1])
+    assert analyze.rank_correlation(tied, a) == pytest.approx(
+        np.corrcoef([0.5, 0.5, 2, 3], [2, 0, 1, 3])[0, 1]
+    )
     assert math.isnan(analyze.rank_correlation(torch.zeros(4), a))
 
 
 def test_fixed_retrieval_with_equal_projections(model):
-    """Where all heads have the same W, every way to share it is the same; turning the memory off is not."""
+    """Where all heads have the same W, every way to share it is the same.
+
+    Turning the memory off is not.
+    """
     with torch.no_grad():
         for i in (1, 4):
             model.h[i].memory.hive.proj[1] = model.h[i].memory.hive.proj[0]
@@ -101,12 +118,14 @@ def test_fixed_retrieval_with_equal_projections(model):
     rows = {row["values"]: row for row in analyze.fixed_retrieval(model, TOKENS)}
     x, y = (torch.cat(part) for part in zip(*analyze.windows(model, TOKENS)))
     with torch.no_grad():
-        assert rows["own W_h"]["loss"] == pytest.approx(model(x, y)[1].item(), abs=1e-5)
+        assert rows["own W_h"]["loss"] == pytest.approx(model(x, y).item(), abs=1e-5)
     for way in ("mean W", "W of the next head", "one W, least squares"):
         assert rows[way]["loss"] == pytest.approx(rows["own W_h"]["loss"], abs=1e-4)
     assert abs(rows["none (memory off)"]["loss"] - rows["own W_h"]["loss"]) > 1e-3
     assert rows["none (memory off)"]["rank"] == 0 < rows["own W_h"]["rank"]
-    assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())  # left as it was
+    assert all(
+        torch.equal(p, before[name]) for name, p in model.named_parameters()
+    )  # left as it was
 
 
 def test_least_squares_is_the_nearest_to_all_heads():
@@ -126,7 +145,9 @@ def test_effective_rank():
 
 
 def test_a_slot_that_answers_one_token(model):
-    """Keys are replaced by a look-up in which token t reads slot t alone, and token 7 is the most frequent."""
+    """Keys are replaced by a look-up in which token t reads slot t alone, and token 7 is the most
+    frequent.
+    """
     tokens = np.array([7, 1, 7, 2, 7, 3, 7, 1, 7, 5, 7, 1] * 4 + [0], dtype=np.uint16)
     seen = []
 
@@ -138,7 +159,11 @@ def test_a_slot_that_answers_one_token(model):
     model.wte.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
     model.h[1].memory.product_keys = Lookup()
     first, second = analyze.busiest_slots(model, tokens, block=1, head=1, slots=2)
-    assert first["slot"] == 7 and first["share"] == pytest.approx(0.5) and first["tokens"] == [(7, pytest.approx(1))]
+    assert (
+        first["slot"] == 7
+        and first["share"] == pytest.approx(0.5)
+        and first["tokens"] == [(7, pytest.approx(1))]
+    )
     assert second["slot"] == 1 and second["share"] == pytest.approx(0.25)
     assert all(tokens[place] == 7 for place in first["places"])
 
@@ -146,7 +171,9 @@ def test_a_slot_that_answers_one_token(model):
 def test_cost_by_hand(model):
     memory, transformer = analyze.cost(model)
     C, H, n, k, d_v = 16, 2, 6, 3, CONFIG.d_latent
-    assert C == CONFIG.n_embd and transformer["stored"] == transformer["read"] == 12 * C * C + 13 * C
+    assert (
+        C == CONFIG.n_embd and transformer["stored"] == transformer["read"] == 12 * C * C + 13 * C
+    )
     small = 2 * C + 3 * C * C + 3 * C + C * n + C * d_v  # norm, QKV, keys, projections
     assert memory == {"block": "memory", "stored": small + n * n * d_v, "read": small + H * k * d_v}
 
@@ -156,7 +183,9 @@ def test_the_command(tmp_path, monkeypatch, capsys):
     shape = dict(n_keys=6, top_k=3, d_latent=4, new=(1,))
     (tmp_path / "wiki.valid.tokens").write_text(" = One = \n Some words | bars . \n" * 40)
     about = dict(tokenizer="bytes", dataset="wikitext2", data_dir=str(tmp_path))
-    save_checkpoint(str(tmp_path / "a.pt"), wake(GPT(GPTConfig(3, 2, 16, 32, 257, "TMT", **shape))), **about)
+    save_checkpoint(
+        str(tmp_path / "a.pt"), wake(GPT(GPTConfig(3, 2, 16, 32, 257, "TMT", **shape))), **about
+    )
     save_checkpoint(str(tmp_path / "b.pt"), GPT(GPTConfig(1, 2, 16, 32, 257)), **about)
     monkeypatch.chdir(tmp_path)
     plot = ["--plot", "plots"] if importlib.util.find_spec("matplotlib") else []
@@ -166,4 +195,7 @@ def test_the_command(tmp_path, monkeypatch, capsys):
     if plot:
         drawn = {path.name for path in (tmp_path / "plots").iterdir()}
         assert drawn == {"memory.png", "attention.png", "top1.png", "entropy.png"}
-    assert call(monkeypatch, "analyze.py", "b.pt") == 2 and "no memory blocks" in capsys.readouterr().err
+    assert (
+        call(monkeypatch, "analyze.py", "b.pt") == 2
+        and "no memory blocks" in capsys.readouterr().err
+    )

@@ -7,10 +7,11 @@ import numpy as np
 import pytest
 import torch
 from conftest import call
+from test_model import CONFIG, wake
 
+from data import Split
 from eval import count_usage, evaluate, sum_nll, usage
 from model import GPT, GPTConfig, save_checkpoint
-from test_model import CONFIG, wake
 
 
 class Bigram(torch.nn.Module):
@@ -22,7 +23,7 @@ class Bigram(torch.nn.Module):
         self.config = GPTConfig(1, 1, 2, block_size, len(logits))
 
     def forward(self, tokens):
-        return self.wte(tokens), None
+        return self.wte(tokens)
 
 
 @pytest.mark.parametrize("length", [2, 3, 8, 9, 10, 100, 101, 203])
@@ -53,26 +54,43 @@ def test_overlap_by_hand():
             return super().forward(tokens)
 
     sum_nll(Watching(torch.zeros(10, 10), 4), np.arange(8, dtype=np.uint16), stride=2)
-    assert seen == {1: 1, 2: 2, 3: 3, 4: 4, 5: 3, 6: 4, 7: 4}  # target: the longest context it was given
+    assert seen == {
+        1: 1,
+        2: 2,
+        3: 3,
+        4: 4,
+        5: 3,
+        6: 4,
+        7: 4,
+    }  # target: the longest context it was given
 
 
 def test_windows_are_scored_as_in_a_plain_loop():
     torch.manual_seed(0)
-    model, tokens = wake(GPT(CONFIG)), np.random.default_rng(0).integers(0, 50, 70).astype(np.uint16)
+    model, tokens = (
+        wake(GPT(CONFIG)),
+        np.random.default_rng(0).integers(0, 50, 70).astype(np.uint16),
+    )
     for stride in (12, 5):
         total, done, start = 0.0, 0, 0
         while done < 69:
             piece = torch.from_numpy(tokens[start : start + 13].astype(np.int64))[None]
-            logprob = model(piece[:, :-1])[0].log_softmax(-1)[0].gather(-1, piece[0, 1:, None])
+            logprob = model(piece[:, :-1]).log_softmax(-1)[0].gather(-1, piece[0, 1:, None])
             new = start + piece.size(1) - 1 - done
             total -= logprob[-new:].double().sum().item()
-            done, start = done + new, min(start + stride, 69 - 12)  # the last window ends with the text
+            done, start = (
+                done + new,
+                min(start + stride, 69 - 12),
+            )  # the last window ends with the text
         assert sum_nll(model, tokens, stride)[0] == pytest.approx(total, rel=1e-6)
 
 
 def test_how_many_windows_go_at_once_changes_nothing_but_rounding():
     torch.manual_seed(0)
-    model, tokens = wake(GPT(CONFIG)), np.random.default_rng(0).integers(0, 50, 200).astype(np.uint16)
+    model, tokens = (
+        wake(GPT(CONFIG)),
+        np.random.default_rng(0).integers(0, 50, 200).astype(np.uint16),
+    )
     one = sum_nll(model, tokens, 5, at_once=1)[0]
     for windows in (2, 7, 100):
         assert sum_nll(model, tokens, 5, at_once=windows)[0] == pytest.approx(one, rel=1e-6)
@@ -92,7 +110,9 @@ def test_usage_against_plain_counts():
     model = wake(GPT(CONFIG))
     tokens = torch.randint(0, 50, (2, 12))
     reads = []
-    handle = model.h[4].memory.product_keys.register_forward_hook(lambda module, inputs, out: reads.append(out))
+    handle = model.h[4].memory.product_keys.register_forward_hook(
+        lambda module, inputs, out: reads.append(out)
+    )
     with count_usage(model) as counts, torch.no_grad():
         model(tokens)
     handle.remove()
@@ -101,9 +121,16 @@ def test_usage_against_plain_counts():
     for head in range(2):
         used = slots[:, :, head].unique()
         assert (counts[4]["topk"][head] > 0).nonzero().flatten().tolist() == used.tolist()
-        assert counts[4]["topk"][head].sum() == 2 * 12 * 3 and counts[4]["top1"][head].sum() == 2 * 12
-        total = sum(weights[b, t, head, j].item() for b in range(2) for t in range(12) for j in range(3)
-                    if slots[b, t, head, j] == used[0])  # fmt: skip
+        assert (
+            counts[4]["topk"][head].sum() == 2 * 12 * 3 and counts[4]["top1"][head].sum() == 2 * 12
+        )
+        total = sum(
+            weights[b, t, head, j].item()
+            for b in range(2)
+            for t in range(12)
+            for j in range(3)
+            if slots[b, t, head, j] == used[0]
+        )
         assert counts[4]["weight"][head, used[0]].item() == pytest.approx(total, rel=1e-5)
     with torch.no_grad():
         model(tokens)  # the hooks are gone
@@ -116,14 +143,16 @@ def test_usage_figures_of_extreme_cases():
     figures = usage({"top1": one, "topk": one, "weight": one.double()})
     assert figures == {"top1": 1 / 16, "topk": 1 / 16, "kl": pytest.approx(math.log(16))}
     assert usage({"top1": one, "topk": every, "weight": every.double()}) == {
-        "top1": 1 / 16, "topk": 1.0, "kl": pytest.approx(0, abs=1e-12)
-    }  # fmt: skip
+        "top1": 1 / 16,
+        "topk": 1.0,
+        "kl": pytest.approx(0, abs=1e-12),
+    }
 
 
 def test_perplexities_follow_from_one_nll():
     model = Bigram(torch.zeros(4, 4), 8)
     model.config = GPTConfig(1, 1, 2, 8, 4)
-    report = evaluate(model, [np.zeros(20, dtype=np.uint16), np.zeros(14, dtype=np.uint16)], 16, 64, None)
+    report = evaluate(model, Split(np.zeros(33, dtype=np.uint16), words=16, bytes=64, identity=""))
     assert report["token_perplexity"] == pytest.approx(4)  # 32 tokens at ln 4 each
     assert report["word_perplexity"] == pytest.approx(4**2)
     assert report["bits_per_byte"] == pytest.approx(1.0)
@@ -155,5 +184,12 @@ def test_the_command(tmp_path, monkeypatch, capsys):
     assert status == 0 and "stride 4" in out
     status, out = run("--prompt", "One", "--max_new_tokens", "5", "--temperature", "0")
     assert status == 0 and "One" in out
-    for line in ("--stride 33", "--temperature -1", "--json no/where.json", "--dataset x", "--seed 1e30"):
+    for line in (
+        "--stride 33",
+        "--temperature -1",
+        "--json no/where.json",
+        "--json a.pt",
+        "--dataset x",
+        "--seed 1e30",
+    ):
         assert run(*line.split())[0] == 2

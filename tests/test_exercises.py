@@ -1,13 +1,16 @@
-"""The exercises: the same checks for the reader's attempt (skipped until it is begun) and for one solution."""
+"""The exercises.
+
+The same checks for the reader's attempt (skipped until it is begun) and for one solution.
+"""
 
 import copy
 import functools
 
+import exercises
 import pytest
 import solutions
 import torch
 
-import exercises
 from hml import HeadwiseMemory
 from model import GPT, GPTConfig
 from upscale import upscale
@@ -46,7 +49,9 @@ def test_1_gate(work):
     gated(heads).square().sum().backward()
     assert gated.gate.grad.abs().sum(dim=1).all()
     gated.gate.data[1] = torch.randn(8)
-    share = torch.stack([torch.full((2, 5), 0.5), (heads[:, :, 1] @ gated.gate[1]).sigmoid()], dim=-1)  # (B, T, H)
+    share = torch.stack(
+        [torch.full((2, 5), 0.5), (heads[:, :, 1] @ gated.gate[1]).sigmoid()], dim=-1
+    )  # (B, T, H)
     expected = plain(heads).view(2, 5, 2, 8) * share[..., None]
     torch.testing.assert_close(gated(heads), expected.flatten(2))
 
@@ -57,15 +62,19 @@ def test_2_three_way_keys(work):
         parts = [torch.randn(2, 5, n, requires_grad=True) for _ in range(3)]
         scores, slots = work.three_way_topk(*parts, k)
         a, b, c = parts
-        whole = (a[..., :, None, None] + b[..., None, :, None] + c[..., None, None, :]).flatten(2)  # (2, 5, n^3)
+        whole = (a[..., :, None, None] + b[..., None, :, None] + c[..., None, None, :]).flatten(
+            2
+        )  # (2, 5, n^3)
         best = whole.topk(k)
         assert slots.dtype == torch.int64 and slots.shape == (2, 5, k)
         torch.testing.assert_close(scores, best.values)
         torch.testing.assert_close(whole.gather(-1, slots), best.values)
         assert all(len(set(row)) == k for row in slots.flatten(0, 1).tolist())
         probe = torch.randn(2, 5, k)
-        for mine, theirs in zip(torch.autograd.grad((scores * probe).sum(), parts, retain_graph=True),
-                                torch.autograd.grad((best.values * probe).sum(), parts)):  # fmt: skip
+        for mine, theirs in zip(
+            torch.autograd.grad((scores * probe).sum(), parts, retain_graph=True),
+            torch.autograd.grad((best.values * probe).sum(), parts),
+        ):
             torch.testing.assert_close(mine, theirs)
     scores, slots = work.three_way_topk(*torch.randn(3, 1, 2000), 4)  # all sums would take 32 GB
     assert slots.max() < 2000**3
@@ -83,12 +92,12 @@ def test_3_one_bank(work):
     assert first.hive.bank is second.hive.bank and first.hive.proj is not second.hive.proj
     assert first.product_keys.keys is not second.product_keys.keys
     tokens = torch.randint(50, (2, 12))
-    model(tokens, tokens)[1].backward()
+    model(tokens, tokens).backward()
     alone = copy.deepcopy(model)  # the same gradient, taken with two banks and added
     alone.zero_grad()
     banks = [alone.h[i].memory.hive for i in model.config.new]
     banks[1].bank = torch.nn.Parameter(banks[0].bank.detach().clone())
-    alone(tokens, tokens)[1].backward()
+    alone(tokens, tokens).backward()
     torch.testing.assert_close(first.hive.bank.grad, banks[0].bank.grad + banks[1].bank.grad)
 
 
@@ -102,13 +111,21 @@ def test_4_a_method(work):
         assert config.n_layer == len(model.h) == 4 + n_new and len(config.new) == n_new
         old = [block for i, block in enumerate(model.h) if i not in config.new]
         for ours, theirs in zip(old, base.h, strict=True):
-            assert all(torch.equal(a, b) for a, b in zip(ours.parameters(), theirs.parameters(), strict=True))
-        same = [all(torch.equal(a, b) for a, b in zip(model.h[i].parameters(), block.parameters()))
-                for i in config.new for block in base.h]  # fmt: skip
+            assert all(
+                torch.equal(a, b)
+                for a, b in zip(ours.parameters(), theirs.parameters(), strict=True)
+            )
+        same = [
+            all(torch.equal(a, b) for a, b in zip(model.h[i].parameters(), block.parameters()))
+            for i in config.new
+            for block in base.h
+        ]
         assert not any(same), "a new block is a plain copy"
         tokens = torch.randint(50, (2, 12))
-        loss = model(tokens, tokens)[1]
+        loss = model(tokens, tokens)
         loss.backward()
-        assert loss.isfinite() and all(p.grad is not None for i in config.new for p in model.h[i].parameters())
+        assert loss.isfinite() and all(
+            p.grad is not None for i in config.new for p in model.h[i].parameters()
+        )
         assert not {id(p) for p in model.parameters()} & {id(p) for p in base.parameters()}
     assert all(torch.equal(kept[name], value) for name, value in base.state_dict().items())

@@ -1,4 +1,7 @@
-"""The README holds what it promises: its commands run, its files exist, its lengths and figures are true."""
+"""The README holds what it promises.
+
+Its commands run, its files exist, its lengths and figures are true.
+"""
 
 import importlib.util
 import re
@@ -6,11 +9,11 @@ import shlex
 import subprocess
 import sys
 
+import bench
+import compare
 import pytest
 from conftest import call
 
-import bench
-import compare
 import data
 import model
 import train
@@ -24,7 +27,9 @@ def readme(root):
 def commands(text):
     """The commands of a page's sh blocks, in order, each as a list of words."""
     blocks = re.findall(r"```sh\n(.*?)```", text, re.S)
-    lines = [line.split("  #")[0] for block in blocks for line in block.replace("\\\n", " ").splitlines()]
+    lines = [
+        line.split("  #")[0] for block in blocks for line in block.replace("\\\n", " ").splitlines()
+    ]
     return [shlex.split(part) for line in lines for part in line.split("&&") if part.strip()]
 
 
@@ -38,7 +43,9 @@ def here(pydocs, tmp_path, monkeypatch):
         short.parent.mkdir(parents=True, exist_ok=True)
         short.write_bytes(some)
         for ending in ("raw", "tokens"):
-            (tmp_path / "data" / text.name).with_suffix(f".{ending}").write_bytes(b" = Heading = \n" + some)
+            (tmp_path / "data" / text.name).with_suffix(f".{ending}").write_bytes(
+                b" = Heading = \n" + some
+            )
     config = model.GPTConfig(2, 1, 16, 1024, 50257)
     for module in (model, train):
         monkeypatch.setitem(module.PRETRAINED, "gpt2", config)
@@ -48,8 +55,15 @@ def here(pydocs, tmp_path, monkeypatch):
 
 
 def test_commands_run(readme, here, gpt2_vocabulary, monkeypatch, capsys):
-    """Every command of the page but those that install or test, in order; shorter, and with a small GPT-2."""
-    found = [words for words in commands(readme) if words[0] not in ("pip", "git", "cd") and "pytest" not in words]
+    """Every command of the page but those that install or test, in order.
+
+    Shorter, and with a small GPT-2.
+    """
+    found = [
+        words
+        for words in commands(readme)
+        if words[0] not in ("pip", "git", "cd") and "pytest" not in words
+    ]
     assert ["python", "train.py", "--upscale", "midus"] in found
     assert ["python", "train.py", "--upscale", "midus", "--dataset", "wikitext103"] in found
     monkeypatch.setattr(compare, "run_apart", compare.run)
@@ -57,19 +71,31 @@ def test_commands_run(readme, here, gpt2_vocabulary, monkeypatch, capsys):
     shorter = {
         "train.py": "--tokens 256 --block_size 32 --batch_size 4 --overwrite",
         "compare.py": "--tokens 256 --seeds 1 --lrs 1e-3 --jobs 1 --valid_tokens 256",
-        "analyze.py": "--tokens 256", "eval.py": "--device cpu", "upscale.py": "--overwrite",
-        "bench.py": "--quick --lengths 16", "hml.py": None, "harness.py": None,
-    }  # fmt: skip
+        "analyze.py": "--tokens 256",
+        "eval.py": "--device cpu",
+        "upscale.py": "--overwrite",
+        "bench.py": "--quick --lengths 16",
+        "hml.py": None,
+        "harness.py": None,
+    }
     for program, *words in found:
         if program == "torchrun":  # the same with several processes: see test_train.py
             words = words[2:]
-        assert program in ("python", "torchrun") and (script := words[0].split("/")[-1]) in shorter, words
-        if shorter[script] is None:  # see test_hml.py, and test_harness.py: its tasks would be downloaded
+        assert (
+            program in ("python", "torchrun") and (script := words[0].split("/")[-1]) in shorter
+        ), words
+        if (
+            shorter[script] is None
+        ):  # see test_hml.py, and test_harness.py: its tasks would be downloaded
             continue
         if "--plot" in words and not importlib.util.find_spec("matplotlib"):
             continue
         flags = [] if "--resume" in words or words[-1] == "--help" else shorter[script].split()
-        from_scratch = "--upscale" in words and not {"none", "--base", "wikitext103"} & {*words} or "scratch" in words
+        from_scratch = (
+            "--upscale" in words
+            and not {"none", "--base", "wikitext103"} & {*words}
+            or "scratch" in words
+        )
         flags += ["--base_tokens", "256"] if script == "train.py" and from_scratch else []
         flags = [] if script == "eval.py" and "--prompt" in words else flags
         assert call(monkeypatch, *words, *flags) == 0, (words, capsys.readouterr().err)
@@ -79,18 +105,31 @@ def test_commands_run(readme, here, gpt2_vocabulary, monkeypatch, capsys):
 def test_files_it_names_exist(readme, root):
     names = re.findall(r"[`(]((?:[\w.]+/)*[\w.-]+\.(?:py|txt|md|svg|png|jsonl))[`)#]", readme)
     assert len(names) > 10
-    assert not [n for n in names if not (root / n).exists() and not (root / "experiments" / n).exists()]
+    assert not [
+        n for n in names if not (root / n).exists() and not (root / "experiments" / n).exists()
+    ]
 
 
 def test_flags_it_names_exist(readme, root):
-    sources = "".join(path.read_text(encoding="utf-8") for path in [*root.glob("*.py"), *root.glob("experiments/*.py")])
+    sources = "".join(
+        path.read_text(encoding="utf-8")
+        for path in [*root.glob("*.py"), *root.glob("experiments/*.py")]
+    )
     flags = {*re.findall(r"`(--\w+)", readme)} - {"--long"}
     assert len(flags) > 10 and all(f'"{flag}"' in sources for flag in flags), flags
 
 
-@pytest.mark.parametrize("name, lines", [
-    ("hml.py", 250), ("model.py", 350), ("upscale.py", 250), ("data.py", 350), ("train.py", 400), ("eval.py", 250),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "name, lines",
+    [
+        ("hml.py", 250),
+        ("model.py", 350),
+        ("upscale.py", 250),
+        ("data.py", 350),
+        ("train.py", 400),
+        ("eval.py", 250),
+    ],
+)
 def test_files_keep_to_their_length(root, readme, name, lines):
     assert len((root / name).read_text(encoding="utf-8").splitlines()) <= lines
     assert re.search(rf"\[{name}\].*\b{lines} lines\b", readme)
@@ -105,7 +144,9 @@ def rows(text):
 def test_figures_of_the_comparison_are_those_of_the_results(readme, root):
     quoted = rows(readme.split("## Results: quality")[1].split("\n## ")[0])
     measured = rows((root / "experiments" / "results" / "main.md").read_text(encoding="utf-8"))
-    assert len(quoted) > 8 and all(cells <= measured[method] for method, cells in quoted.items() if method != "base")
+    assert len(quoted) > 8 and all(
+        cells <= measured[method] for method, cells in quoted.items() if method != "base"
+    )
 
 
 def test_python_example_runs(readme, root):

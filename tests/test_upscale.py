@@ -39,11 +39,13 @@ def test_identity_is_bitwise_in_fp32_and_bf16(base, method, placement):
     deeper = upscale(base, method, **placement, **options(method))
     tokens = torch.randint(0, 50, (4, 12))
     with torch.no_grad():
-        assert torch.equal(base(tokens)[0], deeper(tokens)[0])
+        assert torch.equal(base(tokens), deeper(tokens))
         assert identity_gap(base, deeper, tokens, torch.float32) == 0
         assert identity_gap(base, deeper, tokens, torch.bfloat16) == 0  # by autocast
         half = copy.deepcopy(base).bfloat16()  # and with bf16 weights
-        assert torch.equal(half(tokens)[0], upscale(half, method, **placement, **options(method))(tokens)[0])
+        assert torch.equal(
+            half(tokens), upscale(half, method, **placement, **options(method))(tokens)
+        )
     assert all(torch.equal(before[name], tensor) for name, tensor in base.state_dict().items())
 
 
@@ -52,16 +54,26 @@ def test_solar_is_no_identity_and_follows_its_recipe(base):
     assert identity_gap(base, deeper, torch.randint(0, 50, (4, 12)), torch.float32) > 0
     sources = [0, 1, 2, 3, 2, 3, 4, 5]  # m1 = m2 = 2 of 6 blocks cut at the seam
     for block, source in zip(deeper.h, sources, strict=True):
-        assert all(torch.equal(a, b) for a, b in zip(block.state_dict().values(), base.h[source].state_dict().values()))
+        assert all(
+            torch.equal(a, b)
+            for a, b in zip(block.state_dict().values(), base.h[source].state_dict().values())
+        )
     assert deeper.config.new == (4, 5)
-    assert overlap(32, 16) == ([*range(24), *range(8, 32)], list(range(24, 40)))  # as published: 32 -> 48
+    assert overlap(32, 16) == (
+        [*range(24), *range(8, 32)],
+        list(range(24, 40)),
+    )  # as published: 32 -> 48
     assert overlap(6, 3)[0] == [0, 1, 2, 3, 4, 2, 3, 4, 5]  # m1 = 1, m2 = 2
     assert overlap(4, 4) == ([0, 1, 2, 3, 0, 1, 2, 3], [4, 5, 6, 7])
 
 
 def test_midus_copies_norm_and_qkv_of_the_block_before(base):
     deeper = upscale(base, "midus", **SMALL)
-    assert deeper.config.blocks == "TMTTMTTMT" and deeper.config.new == (1, 4, 7) and deeper.config.n_layer == 9
+    assert (
+        deeper.config.blocks == "TMTTMTTMT"
+        and deeper.config.new == (1, 4, 7)
+        and deeper.config.n_layer == 9
+    )
     for i in deeper.config.new:
         assert isinstance(deeper.h[i], MemoryBlock)
         for part in ("ln_1", "attn.c_attn"):
@@ -78,8 +90,14 @@ def test_every_new_part_gets_a_gradient_from_step_one(base):
     moved = []
     for _ in range(2):
         optimizer.zero_grad()
-        deeper(tokens, tokens)[1].backward()
-        moved.append({n for n, p in deeper.named_parameters() if p.grad is not None and p.grad.abs().sum() > 0})
+        deeper(tokens, tokens).backward()
+        moved.append(
+            {
+                n
+                for n, p in deeper.named_parameters()
+                if p.grad is not None and p.grad.abs().sum() > 0
+            }
+        )
         optimizer.step()
     assert moved[0] == {"h.2.memory.hive.bank"}
     assert moved[1] == {name for name, _ in deeper.named_parameters() if name.startswith("h.2.")}
@@ -90,7 +108,9 @@ def test_place_for_any_depth():
         for middle in (True, False):
             for n_new in range(1, n_layer + 1):
                 positions = place(n_layer, middle, n_new=n_new)
-                assert len(positions) == n_new == len(set(positions)) and positions == sorted(positions)
+                assert len(positions) == n_new == len(set(positions)) and positions == sorted(
+                    positions
+                )
                 assert all(1 <= p <= n_layer for p in positions)
             for every in range(1, n_layer + 1):
                 assert len(place(n_layer, middle, every=every)) == n_layer // every
@@ -130,14 +150,22 @@ def test_a_model_with_memory_is_refused(base):
 def test_freezing(base):
     deeper = upscale(base, "llama-pro")
     set_trainable(deeper, "new")
-    assert {i for i, block in enumerate(deeper.h) if all(p.requires_grad for p in block.parameters())} == {2, 5, 8}
-    assert not any(p.requires_grad for n, p in deeper.named_parameters() if not n.startswith(("h.2.", "h.5.", "h.8.")))
+    assert {
+        i for i, block in enumerate(deeper.h) if all(p.requires_grad for p in block.parameters())
+    } == {2, 5, 8}
+    assert not any(
+        p.requires_grad
+        for n, p in deeper.named_parameters()
+        if not n.startswith(("h.2.", "h.5.", "h.8."))
+    )
     set_trainable(deeper, "all")
     assert all(p.requires_grad for p in deeper.parameters())
     with pytest.raises(ValueError, match="needs inserted blocks"):
         set_trainable(base, "new")
     set_trainable(base, "1,3")
-    assert [all(p.requires_grad for p in block.parameters()) for block in base.h] == [i in (0, 2) for i in range(6)]
+    assert [all(p.requires_grad for p in block.parameters()) for block in base.h] == [
+        i in (0, 2) for i in range(6)
+    ]
     assert not base.wte.weight.requires_grad
     for wrong in ("0", "7", "1,,2", "some"):
         with pytest.raises(ValueError, match="blocks from 1 to 6"):
@@ -153,8 +181,15 @@ def test_the_command(base, tmp_path, monkeypatch, capsys):
     save_checkpoint(str(tmp_path / "base.pt"), base, tokenizer="bytes", dataset="pydocs")
     monkeypatch.chdir(tmp_path)
     for method in METHODS:
-        assert call(monkeypatch, "upscale.py", "base.pt", "--method", method, "--out", f"{method}.pt") == 0
-        gaps = [line.split()[-1] for line in capsys.readouterr().out.splitlines() if "largest difference" in line]
+        assert (
+            call(monkeypatch, "upscale.py", "base.pt", "--method", method, "--out", f"{method}.pt")
+            == 0
+        )
+        gaps = [
+            line.split()[-1]
+            for line in capsys.readouterr().out.splitlines()
+            if "largest difference" in line
+        ]
         assert len(gaps) == 2 and (gaps == ["0", "0"]) == (method != "solar")
         deeper, info = load_checkpoint(str(tmp_path / f"{method}.pt"))
         assert info["method"] == method and info["tokenizer"] == "bytes" and deeper.config.new

@@ -1,0 +1,374 @@
+"""
+The basement: devices, processes, files, downloads, the command line. Nothing here is about MIDUS.
+
+A first reader can skip this file; every function says in a line what it promises.
+"""
+
+import argparse
+import dataclasses
+import hashlib
+import http.client
+import math
+import os
+import signal
+import sys
+import threading
+import urllib.request
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from tqdm import tqdm
+
+DOWNLOAD_TIMEOUT = 30  # seconds without a byte, after which a download gives up
+
+
+# ---- Devices -------------------------------------------------------------------------------------
+def pick_device(name: str | None = None) -> torch.device:
+    """The device called `name`, or the best there is. Raises ValueError if the machine lacks it."""
+    available = ["cpu"]
+    if torch.backends.mps.is_available():
+        available.insert(0, "mps")
+    if torch.cuda.is_available():
+        numbered = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
+        available = ["cuda", *numbered, *available]
+
+    if name is not None and name not in available:
+        choices = ", ".join(available)
+        raise ValueError(f"device {name} is not available here; choose from {choices}")
+    return torch.device(name or available[0])
+
+
+def has_bf16(device: torch.device) -> bool:
+    """Whether the hardware computes in bf16 (elsewhere it is emulated, slower than fp32)."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    if device.type == "cpu":
+        # torch asks the processor, but in a private function that a release may move.
+        ask_processor = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
+        return ask_processor()
+    return False
+
+
+def peak_memory(device: torch.device) -> int:
+    """Bytes: the most that tensors took on a GPU, elsewhere the most that the process took."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    try:
+        import resource
+    except ImportError:  # Windows does not have it
+        return 0
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+# ---- Processes -----------------------------------------------------------------------------------
+# torchrun starts several processes of a script. Each trains on its part of every batch; the first,
+# rank 0, does whatever is done once: it evaluates, prints and writes files.
+def join_processes(device: torch.device) -> torch.device:
+    """Meets the other processes that torchrun has started, if any; returns this one's device."""
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        return device
+    if device.type == "cuda":
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(device)
+
+    # The others wait at their next meeting while rank 0 tokenizes or evaluates: be patient.
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group(backend, timeout=timedelta(hours=3))
+    if not is_main():
+        sys.stdout = open(os.devnull, "w")
+    return device
+
+
+def process_rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def process_count() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def is_main() -> bool:
+    return process_rank() == 0
+
+
+def wait_for_all() -> None:
+    """Returns when every process has come here."""
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def main_process_first(function: Callable[[], object]) -> object:
+    """What function returns. Rank 0 calls it first; the others then find what it has written."""
+    if is_main():
+        result = function()
+    wait_for_all()
+    if not is_main():
+        result = function()
+    return result
+
+
+def mean_over_processes(value: float, device: torch.device) -> float:
+    if not dist.is_initialized():
+        return value
+    total = torch.tensor(value, device=device)
+    dist.all_reduce(total)
+    return total.item() / process_count()
+
+
+def true_in_any_process(flag: bool, device: torch.device) -> bool:
+    return mean_over_processes(float(flag), device) > 0
+
+
+def leave_processes() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+# ---- Files ---------------------------------------------------------------------------------------
+def temporary_name(path: str) -> str:
+    """A name beside path that no other process uses. A killed process may leave such a file."""
+    return f"{path}.{uuid.uuid4().hex[:8]}.tmp"
+
+
+@contextmanager
+def written_whole(path: str) -> Iterator[str]:
+    """Yields a temporary name, which becomes path at the end, whole or not at all.
+
+    A fault leaves path as it was. Raises OSError, with path in it, where the disk is at fault.
+    """
+    path = os.path.realpath(path)  # so that a symbolic link stays one
+    temporary = temporary_name(path)
+    try:
+        yield temporary
+        with open(temporary, "rb") as file:
+            os.fsync(file.fileno())  # on the disk before it takes the old file's place
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
+        reason = str(error).splitlines()[0]
+        raise OSError(f"could not write {path}: {reason}") from error
+    finally:
+        if os.path.exists(temporary):
+            os.remove(temporary)
+
+
+def file_sha256(path: str) -> str:
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while piece := file.read(1 << 20):
+            digest.update(piece)
+    return digest.hexdigest()
+
+
+def check_file(path: str, size: int | None, sha256: str | None) -> None:
+    """Raises OSError if path has another size in bytes or another sha256; None: not known."""
+    found = os.path.getsize(path)
+    if size is not None and found != size:
+        raise OSError(f"it has {found} bytes instead of {size}")
+    if sha256 is not None:
+        found = file_sha256(path)
+        if found != sha256:
+            raise OSError(f"its sha256 is {found}, expected {sha256}")
+
+
+def fetch(url: str, path: str) -> None:
+    """Copies what the address delivers into path, with a bar. Raises OSError or HTTPException."""
+    # One of the hosts answers 403 to Python's default user agent.
+    request = urllib.request.Request(url, headers={"User-Agent": "nanoMIDUS/1.0"})
+    with urllib.request.urlopen(request, timeout=DOWNLOAD_TIMEOUT) as reply:
+        total = int(reply.headers.get("Content-Length") or 0)
+        bar = tqdm(total=total or None, unit="B", unit_scale=True, disable=None)
+        with open(path, "wb") as file, bar:
+            while piece := reply.read(1 << 20):
+                file.write(piece)
+                bar.update(len(piece))
+
+    size = os.path.getsize(path)
+    if total and size != total:
+        raise OSError(f"the connection ended after {size} of {total} bytes")
+
+
+def download(
+    urls: list[str],
+    path: str,
+    size: int | None = None,
+    sha256: str | None = None,
+    hint: str = "",
+) -> None:
+    """Puts the file at the first address that delivers it into path, complete and checked.
+
+    A file that is there already and has the right size and sha256 is kept. Raises OSError with all
+    that was tried and `hint`, a sentence that says what the user can do instead.
+    """
+    reasons = []
+    if os.path.exists(path):
+        try:
+            check_file(path, size, sha256)
+            return
+        except OSError as error:
+            reasons.append(f"the file that is there: {error}")
+
+    os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
+    temporary = temporary_name(path)
+    for url in urls:
+        print(f"downloading {url} to {path}")
+        try:
+            fetch(url, temporary)
+            check_file(temporary, size, sha256)
+            os.replace(temporary, path)
+            return
+        except (OSError, http.client.HTTPException) as error:
+            reasons.append(f"{url}: {error}")
+        finally:
+            if os.path.exists(temporary):
+                os.remove(temporary)
+    raise OSError(f"could not get {path}. {hint} What was tried: {'; '.join(reasons)}")
+
+
+# ---- The command line ----------------------------------------------------------------------------
+# The settings of a command are the fields of a dataclass, and every field is a flag. One that is
+# not given does not appear among the arguments: what it becomes then is for the command to say.
+def flag(help: str, default: object = None, group: str | None = None, **options) -> object:
+    """A field of a dataclass of settings. group: the heading of the flags from here on.
+
+    Its annotation says how the flag is read; options are for argparse, and come first.
+    """
+    if default is not None:
+        help += f" (default {default})"
+    return dataclasses.field(
+        default=default, metadata={"help": help, "group": group, "options": options}
+    )
+
+
+def add_flags(parser: argparse.ArgumentParser, settings_class: type) -> None:
+    """A flag for each field of the dataclass."""
+    readers = {int: whole_number, float: real_number, list: whole_numbers}
+    group = parser
+    for field in dataclasses.fields(settings_class):
+        if field.metadata["group"]:
+            group = parser.add_argument_group(field.metadata["group"])
+        options = {"help": field.metadata["help"], "default": argparse.SUPPRESS}
+        if field.type in readers:
+            options["type"] = readers[field.type]
+        if field.type is bool:
+            options["action"] = argparse.BooleanOptionalAction
+        group.add_argument(f"--{field.name}", **{**options, **field.metadata["options"]})
+
+
+def whole_number(text: str, least: int = 1) -> int:
+    """A whole number from least to 2^63 - 1, which may be written as 2e6."""
+    refusal = argparse.ArgumentTypeError(f"{text} is not a whole number of at least {least}")
+    try:
+        value = int(text) if text.isdecimal() else float(text)
+        whole = int(value)
+    except (ValueError, OverflowError):
+        raise refusal from None
+    if value != whole or not least <= whole < 2**63:
+        raise refusal
+    return whole
+
+
+def seed_number(text: str) -> int:
+    return whole_number(text, least=0)
+
+
+def whole_numbers(text: str) -> list[int]:
+    """A list of whole numbers from 1, written 1,3,5."""
+    return [whole_number(part) for part in text.split(",")]
+
+
+def real_number(text: str) -> float:
+    """A finite number that is not negative."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = math.nan
+    if not 0 <= value < math.inf:
+        raise argparse.ArgumentTypeError(f"{text} is not a number of at least 0")
+    return value
+
+
+def new_file(text: str) -> str:
+    """A path where a file can be written; refused before anything long has begun."""
+    folder = os.path.dirname(text) or "."
+    writable = os.path.isdir(folder) and os.access(folder, os.W_OK)
+    other_kind = os.path.exists(text) and not os.path.isfile(text)
+    if not writable or other_kind:
+        sentence = "there is no such folder, or no file can be written there"
+        raise argparse.ArgumentTypeError(f"{text}: {sentence}")
+    return text
+
+
+def checkpoint_file(text: str) -> str:
+    """A path where a checkpoint can be written; other names would not be read as one again."""
+    if not text.endswith(".pt"):
+        raise argparse.ArgumentTypeError(f"{text}: the name of a checkpoint must end in .pt")
+    return new_file(text)
+
+
+def json_file(text: str) -> str:
+    """A path where figures can be written; its name must say so, lest a checkpoint be replaced."""
+    if not text.endswith(".json"):
+        raise argparse.ArgumentTypeError(
+            f"{text}: the name of a file for figures must end in .json"
+        )
+    return new_file(text)
+
+
+# ---- How a command ends --------------------------------------------------------------------------
+@contextmanager
+def stop_signal() -> Iterator[threading.Event]:
+    """Yields an event that Ctrl-C or SIGTERM sets, so that the step at hand can end.
+
+    Ctrl-C once more stops at once. A second SIGTERM does not: torchrun adds its own to one that
+    every process has got.
+    """
+    stop = threading.Event()
+
+    def handler(signum, frame):
+        if not stop.is_set():
+            tqdm.write("stopping after this step; Ctrl-C now stops at once, without saving")
+        elif signum == signal.SIGINT:
+            raise KeyboardInterrupt
+        stop.set()
+
+    old_int = signal.signal(signal.SIGINT, handler)
+    old_term = signal.signal(signal.SIGTERM, handler)
+    try:
+        yield stop
+    finally:
+        signal.signal(signal.SIGINT, old_int)
+        signal.signal(signal.SIGTERM, old_term)
+
+
+def one_line(error: BaseException, length: int = 500) -> str:
+    return " ".join(str(error).split())[:length]
+
+
+def is_bug(error: BaseException) -> bool:
+    """Whether an error deserves a traceback. RuntimeError is torch's name for many faults."""
+    if not isinstance(error, RuntimeError):
+        return False
+    memory_ran_out = any(
+        words in str(error) for words in ("out of memory", "allocate memory", "enough memory")
+    )
+    compiler_failed = type(error).__module__.startswith(("torch._dynamo", "torch._inductor"))
+    return not (memory_ran_out or compiler_failed)
+
+
+def run_command(main: Callable[[], None]) -> None:
+    """Runs a script: bad input ends it with one sentence and status 2, a fault 1, Ctrl-C 130."""
+    try:
+        main()
+    except KeyboardInterrupt as error:
+        print(str(error) or "interrupted", file=sys.stderr)
+        sys.exit(130)
+    except (ValueError, OSError, ArithmeticError, MemoryError, RuntimeError) as error:
+        if is_bug(error):
+            raise
+        print(f"error: {one_line(error)}", file=sys.stderr)
+        sys.exit(2 if isinstance(error, ValueError) else 1)

@@ -1,0 +1,157 @@
+"""What is not about MIDUS: downloads from a local server, files, flags, how a command ends."""
+
+import argparse
+import hashlib
+import http.server
+import os
+import threading
+
+import pytest
+import torch
+
+from common import (
+    checkpoint_file,
+    download,
+    json_file,
+    pick_device,
+    run_command,
+    whole_number,
+    whole_numbers,
+    written_whole,
+)
+
+CONTENT = bytes(range(256)) * 3000
+SHA256 = hashlib.sha256(CONTENT).hexdigest()
+
+
+@pytest.fixture
+def server():
+    """A server on this machine.
+
+    /good, /short (connection ends early), /wrong, /picky (403 to Python's agent), 404.
+    """
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            name = self.path.strip("/").split("?")[0]
+            if name == "picky" and "Python" in self.headers["User-Agent"]:
+                return self.send_error(403)
+            body = {
+                "good": CONTENT,
+                "short": CONTENT[:1000],
+                "wrong": b"x" * len(CONTENT),
+                "picky": CONTENT,
+            }.get(name)
+            if body is None:
+                return self.send_error(404)
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(CONTENT)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        def log_message(self, *args):
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as httpd:
+        threading.Thread(target=httpd.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{httpd.server_port}/"
+        httpd.shutdown()
+
+
+def test_download(server, tmp_path):
+    for name in ("good", "picky"):
+        path = tmp_path / "new" / name
+        download([server + name], str(path), len(CONTENT), SHA256)
+        assert path.read_bytes() == CONTENT and os.listdir(path.parent) == [name]
+        path.unlink()
+
+
+@pytest.mark.parametrize(
+    "name, size, sentence",
+    [
+        ("short", len(CONTENT), "ended after 1000 of 768000 bytes"),
+        ("wrong", None, f"its sha256 is [0-9a-f]{{64}}, expected {SHA256}"),
+        ("good", 5, "768000 bytes instead of 5"),
+        ("missing", None, "404"),
+    ],
+)
+def test_a_bad_download_leaves_nothing_and_says_why(server, tmp_path, name, size, sentence):
+    with pytest.raises(OSError, match="Do this instead.*" + sentence):
+        download([server + name], str(tmp_path / "file"), size, SHA256, "Do this instead.")
+    assert os.listdir(tmp_path) == []
+
+
+def test_the_next_address_is_tried(server, tmp_path):
+    (tmp_path / "file").write_bytes(b"damaged")
+    download(
+        [server + "missing", server + "short", server + "good"],
+        str(tmp_path / "file"),
+        len(CONTENT),
+        SHA256,
+    )
+    assert (tmp_path / "file").read_bytes() == CONTENT and os.listdir(tmp_path) == ["file"]
+
+
+def test_a_good_file_is_not_fetched_again(tmp_path):
+    (tmp_path / "file").write_bytes(CONTENT)
+    download(["http://127.0.0.1:9/closed"], str(tmp_path / "file"), len(CONTENT), SHA256)
+
+
+def test_two_writers_of_one_file_do_not_meet(tmp_path):
+    """Each has a temporary name of its own, and the last to end wins."""
+    path = str(tmp_path / "file")
+    with written_whole(path) as first, written_whole(path) as second:
+        assert first != second
+        for temporary, text in ((first, "one"), (second, "two")):
+            with open(temporary, "w") as file:
+                file.write(text)
+    assert open(path).read() == "one" and os.listdir(tmp_path) == ["file"]
+
+
+def test_a_symbolic_link_stays_one(tmp_path):
+    (tmp_path / "real").write_text("old")
+    os.symlink(tmp_path / "real", tmp_path / "link")
+    with written_whole(str(tmp_path / "link")) as temporary, open(temporary, "w") as file:
+        file.write("new")
+    assert (tmp_path / "link").is_symlink() and (tmp_path / "real").read_text() == "new"
+
+
+def test_flags_are_read_or_refused(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert whole_number("2e6") == 2_000_000 and whole_numbers("1,3,5") == [1, 3, 5]
+    for read, text in (
+        (whole_number, "1.5"),
+        (whole_numbers, "1 3"),
+        (whole_numbers, ""),
+        (checkpoint_file, "x.bin"),
+        (checkpoint_file, "none/x.pt"),
+        (json_file, "ckpt.pt"),
+        (json_file, "/dev/null"),
+    ):
+        with pytest.raises(argparse.ArgumentTypeError):
+            read(text)
+
+
+def test_unavailable_device_is_refused():
+    with pytest.raises(ValueError, match="device tpu is not available here; choose from .*cpu"):
+        pick_device("tpu")
+
+
+def test_faults_end_in_a_sentence_and_bugs_in_a_traceback(capsys):
+    def raises(error):
+        def main():
+            raise error
+
+        return main
+
+    for error, status in (
+        (ValueError("x"), 2),
+        (OSError("x"), 1),
+        (KeyboardInterrupt(), 130),
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate"), 1),
+    ):
+        with pytest.raises(SystemExit) as end:
+            run_command(raises(error))
+        assert end.value.code == status and len(capsys.readouterr().err.splitlines()) == 1
+    with pytest.raises(RuntimeError):
+        run_command(raises(RuntimeError("size mismatch for h.1.memory.hive.bank")))
