@@ -29,12 +29,14 @@ DOWNLOAD_TIMEOUT = 30  # seconds without a byte, after which a download gives up
 # ---- Devices -------------------------------------------------------------------------------------
 def pick_device(name: str | None = None) -> torch.device:
     """The device called `name`, or the best there is. Raises ValueError if the machine lacks it."""
-    available = ["cpu"]
-    if torch.backends.mps.is_available():
-        available.insert(0, "mps")
+    # From the best to the one that is always there.
+    available = []
     if torch.cuda.is_available():
-        numbered = [f"cuda:{i}" for i in range(torch.cuda.device_count())]
-        available = ["cuda", *numbered, *available]
+        available.append("cuda")
+        available += [f"cuda:{i}" for i in range(torch.cuda.device_count())]
+    if torch.backends.mps.is_available():
+        available.append("mps")
+    available.append("cpu")
 
     if name is not None and name not in available:
         choices = ", ".join(available)
@@ -79,6 +81,8 @@ def join_processes(device: torch.device) -> torch.device:
     # The others wait at their next meeting while rank 0 tokenizes or evaluates: be patient.
     backend = "nccl" if device.type == "cuda" else "gloo"
     dist.init_process_group(backend, timeout=timedelta(hours=3))
+
+    # What is printed is printed once.
     if not is_main():
         sys.stdout = open(os.devnull, "w")
     return device
@@ -96,17 +100,12 @@ def is_main() -> bool:
     return process_rank() == 0
 
 
-def wait_for_all() -> None:
-    """Returns when every process has come here."""
-    if dist.is_initialized():
-        dist.barrier()
-
-
 def main_process_first(function: Callable[[], object]) -> object:
     """What function returns. Rank 0 calls it first; the others then find what it has written."""
     if is_main():
         result = function()
-    wait_for_all()
+    if dist.is_initialized():
+        dist.barrier()
     if not is_main():
         result = function()
     return result
@@ -141,13 +140,14 @@ def written_whole(path: str) -> Iterator[str]:
 
     A fault leaves path as it was. Raises OSError, with path in it, where the disk is at fault.
     """
-    path = os.path.realpath(path)  # so that a symbolic link stays one
-    temporary = temporary_name(path)
+    target = os.path.realpath(path)  # so that a symbolic link stays one
+    temporary = temporary_name(target)
     try:
         yield temporary
+        # It is on the disk before it takes the old file's place.
         with open(temporary, "rb") as file:
-            os.fsync(file.fileno())  # on the disk before it takes the old file's place
-        os.replace(temporary, path)
+            os.fsync(file.fileno())
+        os.replace(temporary, target)
     except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
         reason = str(error).splitlines()[0]
         raise OSError(f"could not write {path}: {reason}") from error
@@ -164,6 +164,7 @@ def file_sha256(path: str) -> str:
     return digest.hexdigest()
 
 
+# ---- Downloads -----------------------------------------------------------------------------------
 def check_file(path: str, size: int | None, sha256: str | None) -> None:
     """Raises OSError if path has another size in bytes or another sha256; None: not known."""
     found = os.path.getsize(path)
@@ -187,17 +188,14 @@ def fetch(url: str, path: str) -> None:
                 file.write(piece)
                 bar.update(len(piece))
 
+    # A connection that breaks looks like the end of the file.
     size = os.path.getsize(path)
     if total and size != total:
         raise OSError(f"the connection ended after {size} of {total} bytes")
 
 
 def download(
-    urls: list[str],
-    path: str,
-    size: int | None = None,
-    sha256: str | None = None,
-    hint: str = "",
+    urls: list[str], path: str, size: int | None = None, sha256: str | None = None, hint: str = ""
 ) -> None:
     """Puts the file at the first address that delivers it into path, complete and checked.
 
@@ -230,35 +228,6 @@ def download(
 
 
 # ---- The command line ----------------------------------------------------------------------------
-# The settings of a command are the fields of a dataclass, and every field is a flag. One that is
-# not given does not appear among the arguments: what it becomes then is for the command to say.
-def flag(help: str, default: object = None, group: str | None = None, **options) -> object:
-    """A field of a dataclass of settings. group: the heading of the flags from here on.
-
-    Its annotation says how the flag is read; options are for argparse, and come first.
-    """
-    if default is not None:
-        help += f" (default {default})"
-    return dataclasses.field(
-        default=default, metadata={"help": help, "group": group, "options": options}
-    )
-
-
-def add_flags(parser: argparse.ArgumentParser, settings_class: type) -> None:
-    """A flag for each field of the dataclass."""
-    readers = {int: whole_number, float: real_number, list: whole_numbers}
-    group = parser
-    for field in dataclasses.fields(settings_class):
-        if field.metadata["group"]:
-            group = parser.add_argument_group(field.metadata["group"])
-        options = {"help": field.metadata["help"], "default": argparse.SUPPRESS}
-        if field.type in readers:
-            options["type"] = readers[field.type]
-        if field.type is bool:
-            options["action"] = argparse.BooleanOptionalAction
-        group.add_argument(f"--{field.name}", **{**options, **field.metadata["options"]})
-
-
 def whole_number(text: str, least: int = 1) -> int:
     """A whole number from least to 2^63 - 1, which may be written as 2e6."""
     refusal = argparse.ArgumentTypeError(f"{text} is not a whole number of at least {least}")
@@ -292,31 +261,52 @@ def real_number(text: str) -> float:
     return value
 
 
-def new_file(text: str) -> str:
-    """A path where a file can be written; refused before anything long has begun."""
-    folder = os.path.dirname(text) or "."
-    writable = os.path.isdir(folder) and os.access(folder, os.W_OK)
-    other_kind = os.path.exists(text) and not os.path.isfile(text)
-    if not writable or other_kind:
-        sentence = "there is no such folder, or no file can be written there"
-        raise argparse.ArgumentTypeError(f"{text}: {sentence}")
-    return text
+def new_file(*endings: str) -> Callable[[str], str]:
+    """Reads a path where a file of this kind can be written, before anything long has begun.
+
+    A name with another ending is refused, so that figures never replace a checkpoint.
+    """
+
+    def read(text: str) -> str:
+        folder = os.path.dirname(text) or "."
+        writable = os.path.isdir(folder) and os.access(folder, os.W_OK)
+        other_kind = os.path.exists(text) and not os.path.isfile(text)
+        if not writable or other_kind:
+            sentence = "there is no such folder, or no file can be written there"
+            raise argparse.ArgumentTypeError(f"{text}: {sentence}")
+        if not text.endswith(endings):
+            raise argparse.ArgumentTypeError(f"{text}: the name must end in {' or '.join(endings)}")
+        return text
+
+    return read
 
 
-def checkpoint_file(text: str) -> str:
-    """A path where a checkpoint can be written; other names would not be read as one again."""
-    if not text.endswith(".pt"):
-        raise argparse.ArgumentTypeError(f"{text}: the name of a checkpoint must end in .pt")
-    return new_file(text)
+# The settings of a command are the fields of a dataclass, and every field is a flag.
+def flag(help: str, default: object = None, group: str | None = None, **options) -> object:
+    """A field of a dataclass of settings. Its annotation says how the flag is read.
+
+    group: the heading of the flags from here on. options go to argparse.
+    """
+    if default is not None:
+        help += f" (default {default})"
+    about = {"help": help, "group": group, "options": options}
+    return dataclasses.field(default=default, metadata=about)
 
 
-def json_file(text: str) -> str:
-    """A path where figures can be written; its name must say so, lest a checkpoint be replaced."""
-    if not text.endswith(".json"):
-        raise argparse.ArgumentTypeError(
-            f"{text}: the name of a file for figures must end in .json"
-        )
-    return new_file(text)
+def add_flags(parser: argparse.ArgumentParser, settings_class: type) -> None:
+    """A flag for each field of the dataclass. One that is not given leaves no trace."""
+    readers = {int: whole_number, float: real_number, list: whole_numbers}
+    group = parser
+    for field in dataclasses.fields(settings_class):
+        if field.metadata["group"]:
+            group = parser.add_argument_group(field.metadata["group"])
+        options = {"help": field.metadata["help"], "default": argparse.SUPPRESS}
+        if field.type in readers:
+            options["type"] = readers[field.type]
+        if field.type is bool:
+            options["action"] = argparse.BooleanOptionalAction
+        options.update(field.metadata["options"])
+        group.add_argument(f"--{field.name}", **options)
 
 
 # ---- How a command ends --------------------------------------------------------------------------
@@ -353,11 +343,11 @@ def is_bug(error: BaseException) -> bool:
     """Whether an error deserves a traceback. RuntimeError is torch's name for many faults."""
     if not isinstance(error, RuntimeError):
         return False
-    memory_ran_out = any(
-        words in str(error) for words in ("out of memory", "allocate memory", "enough memory")
-    )
+    signs_of_no_memory = ("out of memory", "allocate memory", "enough memory")
+    if any(sign in str(error) for sign in signs_of_no_memory):
+        return False
     compiler_failed = type(error).__module__.startswith(("torch._dynamo", "torch._inductor"))
-    return not (memory_ran_out or compiler_failed)
+    return not compiler_failed
 
 
 def run_command(main: Callable[[], None]) -> None:

@@ -106,29 +106,27 @@ def count_usage(model: GPT) -> Iterator[dict[int, dict[str, Tensor]]]:
     n_head = model.config.n_head
     n_slots = model.config.n_keys**2
     counts = {}
-    hooks = []
 
-    def watch(block: int) -> None:
-        counts[block] = {
-            name: torch.zeros(n_head, n_slots, dtype=torch.float64)
-            for name in ("top1", "topk", "weight")
-        }
+    def watch(block: int) -> torch.utils.hooks.RemovableHandle:
+        zero = torch.zeros(n_head, n_slots, dtype=torch.float64)
+        counts[block] = {"top1": zero.clone(), "topk": zero.clone(), "weight": zero.clone()}
 
         def add(module, inputs, reads: tuple[Tensor, Tensor]) -> None:
-            weights, slots = (part.detach().flatten(0, 1).cpu() for part in reads)  # (B*T, H, k)
-            for head in range(n_head):
-                best = slots[:, head, 0]  # (B*T,)
-                read = slots[:, head].flatten()  # (B*T * k,)
-                weight = weights[:, head].flatten().double()  # (B*T * k,)
-                counts[block]["top1"][head] += torch.bincount(best, minlength=n_slots)
-                counts[block]["topk"][head] += torch.bincount(read, minlength=n_slots)
-                counts[block]["weight"][head] += torch.bincount(read, weight, minlength=n_slots)
+            weights, slots = (part.detach().cpu() for part in reads)  # (B, T, H, k)
+            # One number for head and slot, so that one call counts for all heads.
+            places = slots + n_slots * torch.arange(n_head)[:, None]  # (B, T, H, k)
+            best = places[..., 0].flatten()  # (B * T * H,)
+            read = places.flatten()  # (B * T * H * k,)
+            weight = weights.flatten().double()
+            size = n_head * n_slots
+            counts[block]["top1"] += torch.bincount(best, minlength=size).view(n_head, -1)
+            counts[block]["topk"] += torch.bincount(read, minlength=size).view(n_head, -1)
+            counts[block]["weight"] += torch.bincount(read, weight, size).view(n_head, -1)
 
-        hooks.append(model.h[block].memory.product_keys.register_forward_hook(add))
+        return model.h[block].memory.product_keys.register_forward_hook(add)
 
-    for block, kind in enumerate(model.config.blocks):
-        if kind == "M":
-            watch(block)
+    blocks = [block for block, kind in enumerate(model.config.blocks) if kind == "M"]
+    hooks = [watch(block) for block in blocks]
     try:
         yield counts
     finally:
@@ -232,48 +230,33 @@ def print_sample(model: GPT, tokenizer_name: str, args: argparse.Namespace) -> N
 
 # ---- The command ---------------------------------------------------------------------------------
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description="Perplexities, cost and memory use of a checkpoint; or samples."
-    )
+    parser = argparse.ArgumentParser(description="What a checkpoint is worth; or samples of it.")
     parser.add_argument(
-        "checkpoint", help="checkpoint, GPT-2 .bin file, or gpt2, gpt2-medium, gpt2-large, gpt2-xl"
+        "checkpoint", help="a checkpoint, a GPT-2 .bin file, or gpt2, gpt2-medium, ..."
     )
-    parser.add_argument("--split", choices=SPLITS, default="test", help="(default test)")
-    parser.add_argument("--dataset", choices=DATASETS, help="(default: the checkpoint's own)")
-    parser.add_argument(
-        "--data_dir", help="folder of data and caches (default: the checkpoint's own, or ./data)"
-    )
-    parser.add_argument(
-        "--stride",
-        type=common.whole_number,
-        help="tokens between windows (default: the window, no overlap)",
-    )
-    parser.add_argument("--device", help="cpu, cuda or mps (default: the best there is)")
-    parser.add_argument("--json", type=common.json_file, help="also write the figures to this file")
 
-    group = parser.add_argument_group("samples")
-    group.add_argument("--prompt", help="continue this text instead of evaluating; may be empty")
-    group.add_argument(
-        "--max_new_tokens",
-        type=common.whole_number,
-        default=200,
-        help="tokens to sample (default 200)",
+    # What is evaluated.
+    add = parser.add_argument
+    add("--split", choices=SPLITS, default="test", help="(default test)")
+    add("--dataset", choices=DATASETS, help="(default: the checkpoint's own)")
+    add("--data_dir", help="folder of data and caches (default: the checkpoint's own, or ./data)")
+    add("--stride", type=common.whole_number, help="tokens between windows (default: no overlap)")
+    add("--device", help="cpu, cuda or mps (default: the best there is)")
+    add("--json", type=common.new_file(".json"), help="also write the figures to this file")
+
+    # What is sampled.
+    add("--prompt", help="continue this text instead of evaluating; may be empty")
+    add("--max_new_tokens", type=common.whole_number, default=200, help="(default 200)")
+    add(
+        "--temperature", type=common.real_number, default=0.8, help="0: the likeliest (default 0.8)"
     )
-    group.add_argument(
-        "--temperature",
-        type=common.real_number,
-        default=0.8,
-        help="0: the likeliest token (default 0.8)",
-    )
-    group.add_argument(
+    add(
         "--sample_top_k",
         type=common.whole_number,
         default=50,
-        help="tokens to choose from (default 50)",
+        help="choose from these (default 50)",
     )
-    group.add_argument(
-        "--seed", type=common.seed_number, default=0, help="of the samples (default 0)"
-    )
+    add("--seed", type=common.seed_number, default=0, help="of the samples (default 0)")
     return parser.parse_args()
 
 

@@ -299,13 +299,14 @@ def load_checkpoint(path: str) -> tuple[GPT, dict]:
     if not os.path.isfile(path):
         raise ValueError(f"there is no checkpoint at {path}")
 
-    # A torch file is a zip, with a checksum for each of its members; torch does not look at them.
+    # A torch file is a zip, with a checksum for each of its members, which torch does not look at.
+    # And what is marked as a folder, which nothing in such a file is, torch reads as nothing.
     try:
         with zipfile.ZipFile(path) as archive:
-            damaged = archive.testzip()
+            damaged = archive.testzip() or any(item.external_attr for item in archive.infolist())
     except Exception:  # zipfile raises many kinds
-        damaged = "all of it"
-    if damaged is not None:
+        damaged = True
+    if damaged:
         raise ValueError(f"{path} is damaged or is no nanoMIDUS checkpoint")
 
     # The model is first made without memory for its weights, however large it says it is.

@@ -8,8 +8,8 @@ One run: from a base GPT to an up-scaled, further trained checkpoint.
 The base is the model before the new blocks: GPT-2 by name, one of your checkpoints, or `scratch`. A
 base from scratch is kept under the data folder, and found again by what shapes it.
 
-In order: settings, the optimizer, one step, a run in files, the loop, the story (main). Shape
-names: see hml.py.
+In order: the settings, the optimizer, one step, the loop, what it was worth, how flags become
+settings and settings models, and the story (main). Shape names: see hml.py.
 """
 
 import argparse
@@ -114,192 +114,6 @@ PRESETS = {
 # fmt: on
 OF_SCRATCH = ("n_layer", "n_head", "n_embd", "base_tokens", "base_lr")
 OF_THE_MACHINE = ("data_dir", "dtype", "compile", "grad_accum")  # these may change on resume
-
-
-def parse_arguments() -> tuple[argparse.Namespace, dict]:
-    """The flags of the command itself, and the settings that were given, by name."""
-    parser = argparse.ArgumentParser(description="Train a GPT, or up-scale one and train it on.")
-    common.add_flags(parser, Settings)
-    parser.add_argument("--device", help="cpu, cuda or mps (default: the best there is)")
-    parser.add_argument(
-        "--out",
-        type=common.checkpoint_file,
-        default="ckpt.pt",
-        help="the checkpoint; losses go to a .jsonl beside it (default ckpt.pt)",
-    )
-    group = parser.add_mutually_exclusive_group()
-    group.add_argument("--resume", action="store_true", help="go on with --out, as it was begun")
-    group.add_argument("--overwrite", action="store_true", help="move an old --out to OUT.old")
-    arguments = parser.parse_args()
-
-    names = {field.name for field in dataclasses.fields(Settings)}
-    given = {name: value for name, value in vars(arguments).items() if name in names}
-    return arguments, given
-
-
-@dataclasses.dataclass
-class Base:
-    """What a run starts from."""
-
-    name: str
-    config: GPTConfig | None  # None: from scratch, as the settings will say
-    info: dict  # what its file says of tokenizer and data
-    model: GPT | None  # None: to be trained, or to be downloaded
-
-
-def find_base(given: dict) -> Base:
-    """The base that the flags ask for, read if it is a file. Raises ValueError if it is none."""
-    on_pydocs = given.get("dataset", "pydocs") == "pydocs"
-    name = given.get("base", "scratch" if on_pydocs else "gpt2")
-    if name == "scratch":
-        return Base(name, config=None, info={}, model=None)
-    if name in PRETRAINED:
-        return Base(name, config=PRETRAINED[name], info={"tokenizer": "gpt2"}, model=None)
-    model, info = open_model(name)
-    return Base(name, config=model.config, info=info, model=model)
-
-
-def choose_settings(given: dict, base: Base, device: torch.device) -> Settings:
-    """The settings of a new run: what the preset says, then the base, then the flags."""
-    dataset = given.get("dataset", base.info.get("dataset", "pydocs"))
-    on_pydocs = dataset == "pydocs"
-    settings = Settings(base=base.name, dataset=dataset)
-
-    # The preset, by the base's width; a base from scratch is never of GPT-2's size unless told.
-    default_width = 128 if on_pydocs else 256
-    width = base.config.n_embd if base.config else given.get("n_embd", default_width)
-    by_width = "tiny" if width <= 128 else "small" if width <= 512 or not base.config else "gpt2"
-    settings.preset = given.get("preset", by_width)
-    for name, values in PRESETS.items():
-        setattr(settings, name, values[PRESET_NAMES.index(settings.preset)])
-
-    # The base and the machine.
-    if base.config:
-        settings.block_size = base.config.block_size
-    settings.tokenizer = base.info.get("tokenizer", "bytes" if on_pydocs else "gpt2")
-    settings.data_dir = os.path.abspath(base.info.get("data_dir", "data"))
-    settings.dtype = "bfloat16" if common.has_bf16(device) else "float32"
-
-    # The flags, and what hangs on them. A base that is not up-scaled is itself what this run
-    # trains.
-    for name, value in given.items():
-        setattr(settings, name, value)
-    if settings.train is None:
-        settings.train = "new" if settings.upscale in ("midus", "llama-pro") else "all"
-    if base.name == "scratch" and settings.upscale == "none":
-        settings.lr = given.get("lr", settings.base_lr)
-        settings.tokens = given.get("tokens", settings.base_tokens)
-
-    # What does not concern this run.
-    unused = () if settings.upscale == "midus" else MEMORY
-    unused += () if base.name == "scratch" else OF_SCRATCH
-    for name in unused:
-        setattr(settings, name, None)
-    return settings
-
-
-def refuse_useless_flags(given: dict, settings: Settings, base: Base) -> None:
-    """Raises ValueError for a flag that this run has no use for."""
-    method = settings.upscale
-    inserts = method != "none"
-    has_memory = method == "midus" or (base.config is not None and "M" in base.config.blocks)
-    rules = (
-        (OF_SCRATCH, base.name == "scratch", f"this run has --base {base.name}, not scratch"),
-        (("base_tokens", "base_lr"), inserts, "only with --upscale; else say --tokens and --lr"),
-        (PLACEMENT, inserts, "only with --upscale; this run inserts no blocks"),
-        (MEMORY, method == "midus", f"only with --upscale midus; {method} has no memory blocks"),
-        (("memory_lr",), has_memory, "there are no memory blocks"),
-    )
-    for names, useful, sentence in rules:
-        useless = [f"--{name}" for name in names if name in given]
-        if useless and not useful:
-            raise ValueError(f"{', '.join(useless)}: {sentence}")
-
-
-def refuse_contradictions(settings: Settings, base: Base) -> None:
-    """Raises ValueError for settings that cannot be together."""
-    theirs = base.info.get("tokenizer", settings.tokenizer)
-    if settings.tokenizer != theirs:
-        raise ValueError(f"--tokenizer {settings.tokenizer}: the base was trained with {theirs}")
-    config = base.config or scratch_config(settings)
-    check_vocabulary(settings.tokenizer, config.vocab_size)
-    if settings.block_size > config.block_size:
-        positions = f"the base's {config.block_size} positions"
-        raise ValueError(f"--block_size {settings.block_size} is more than {positions}")
-
-    # A trial without memory for weights: it refuses all that up-scaling and the blocks refuse.
-    with torch.device("meta"):
-        model = GPT(config)
-        if settings.upscale != "none":
-            model = deepen(model, settings)
-        set_trainable(model, settings.train)
-
-
-def refuse_parts(settings: Settings) -> None:
-    """Raises ValueError unless a batch can be cut evenly, for processes and into parts."""
-    processes = common.process_count()
-    if settings.batch_size % (settings.grad_accum * processes):
-        factor = f"--grad_accum times {processes} processes"
-        raise ValueError(f"{factor} must divide the batch of {settings.batch_size}")
-
-
-def settings_on_resume(saved: dict, given: dict, out: str) -> Settings:
-    """The settings that the run in out was begun with. Only the machine's may be others now."""
-    if "step" not in saved:
-        raise ValueError(f"{out} was not written by train.py; name it as --base to train it")
-    settings = Settings(**saved["settings"])
-    for name, value in given.items():
-        begun_with = getattr(settings, name)
-        if name not in OF_THE_MACHINE and value != begun_with:
-            raise ValueError(f"--{name} contradicts {out}, begun with {begun_with}; drop the flag")
-        setattr(settings, name, value)
-    return settings
-
-
-def print_settings(settings: Settings) -> None:
-    """A line per group of flags, without those that this run has no use for."""
-    groups = {}
-    for field in dataclasses.fields(settings):
-        if field.metadata["group"]:
-            shown = groups[field.metadata["group"]] = []
-        value = getattr(settings, field.name)
-        if value is not None:
-            shown.append(f"{field.name} {value}")
-    for group, shown in groups.items():
-        if shown:
-            print(f"{group + ':':21}{', '.join(shown)}")
-
-
-# ---- Models from settings ------------------------------------------------------------------------
-def scratch_config(settings: Settings) -> GPTConfig:
-    shape = (settings.n_layer, settings.n_head, settings.n_embd, settings.block_size)
-    return GPTConfig(*shape, vocab_size(settings.tokenizer))
-
-
-def deepen(base: GPT, settings: Settings) -> GPT:
-    options = {name: getattr(settings, name) for name in PLACEMENT + MEMORY}
-    given = {name: value for name, value in options.items() if value is not None}
-    return upscale(base, settings.upscale, **given)
-
-
-def settings_of_scratch_base(settings: Settings) -> Settings:
-    """The run that trains the base of this one: the same, but nothing is inserted."""
-    own = dataclasses.replace(settings, upscale="none", train="all")
-    own.tokens = settings.base_tokens
-    own.lr = settings.base_lr
-    for name in (*PLACEMENT, *MEMORY, "memory_lr", "warmup", "eval_every", "save_every"):
-        setattr(own, name, None)
-    return own
-
-
-def path_of_scratch_base(settings: Settings, text: Split) -> str:
-    """Where that base is kept: its name holds a hash of all that shapes its weights."""
-    shaping = dataclasses.asdict(settings)
-    for name in ("data_dir", "compile", "preset"):
-        del shaping[name]
-    everything = json.dumps([shaping, text.identity], sort_keys=True)
-    key = hashlib.sha256(everything.encode()).hexdigest()[:12]
-    return os.path.join(settings.data_dir, f"base-{key}.pt")
 
 
 # ---- Optimizer -----------------------------------------------------------------------------------
@@ -542,39 +356,234 @@ def train(
 
 
 # ---- What it was worth ---------------------------------------------------------------------------
-def table_row(label: str, model: GPT, valid: Split) -> list[dict]:
-    """A row of the closing table: sizes, and perplexity on the whole validation split.
+def run_name(settings: Settings) -> str:
+    return "base" if settings.upscale == "none" else settings.upscale
 
-    In a list, which is empty in all processes but the first.
-    """
+
+def note_worth(progress: Progress, label: str, model: GPT, data: dict[str, Split]) -> None:
+    """Adds a row to the closing table: sizes, and perplexity on the whole validation split."""
     if not common.is_main():
-        return []
-    nll, count = sum_nll(model, valid.tokens, desc=f"validating {label}")
+        return
+    nll, count = sum_nll(model, data["valid"].tokens, desc=f"validating {label}")
     new = [p for i in model.config.new for p in model.h[i].parameters()]
-    row = {
-        "label": label,
-        "parameters": sum(p.numel() for p in model.parameters()),
-        "added": sum(p.numel() for p in new),
-        "trained": sum(p.numel() for p in model.parameters() if p.requires_grad),
-        "perplexity": perplexity(nll, count),
-    }
-    return [row]
+    trained = [p for p in model.parameters() if p.requires_grad]
+    row = {"label": label, "perplexity": perplexity(nll, count)}
+    row["parameters"] = sum(p.numel() for p in model.parameters())
+    row["added"] = sum(p.numel() for p in new)
+    row["trained"] = sum(p.numel() for p in trained)
+    progress.rows.append(row)
 
 
-def print_table(rows: list[dict], valid: Split) -> None:
-    print(f"\nperplexity: token-level, validation split, {len(valid.tokens) - 1:,} tokens")
+def print_table(progress: Progress, settings: Settings, valid: Split, device: torch.device) -> None:
+    tokens = len(valid.tokens) - 1
+    print(f"\nperplexity: token-level, validation split, {tokens:,} tokens")
     print(f"{'':20}{'parameters':>14}{'added':>12}{'trained':>14}{'perplexity':>12}")
-    for row in rows:
+    for row in progress.rows:
         sizes = f"{row['parameters']:14,}{row['added']:12,}{row['trained']:14,}"
         print(f"{row['label']:20}{sizes}{row['perplexity']:12.4f}")
+    rate = settings.tokens / progress.seconds
+    memory = common.peak_memory(device) / 2**20
+    print(f"training: {rate:,.0f} tokens/s, peak memory {memory:,.0f} MiB")
+
+
+# ---- From flags to settings ----------------------------------------------------------------------
+def parse_arguments() -> tuple[argparse.Namespace, dict]:
+    """The flags of the command itself, and the settings that were given, by name."""
+    parser = argparse.ArgumentParser(description="Train a GPT, or up-scale one and train it on.")
+    common.add_flags(parser, Settings)
+    add = parser.add_argument
+    add("--device", help="cpu, cuda or mps (default: the best there is)")
+    add("--out", type=common.new_file(".pt"), default="ckpt.pt", help="(default ckpt.pt)")
+    add = parser.add_mutually_exclusive_group().add_argument
+    add("--resume", action="store_true", help="go on with --out, with the settings it has")
+    add("--overwrite", action="store_true", help="move an old --out to OUT.old, and start anew")
+    arguments = parser.parse_args()
+
+    names = {field.name for field in dataclasses.fields(Settings)}
+    given = {name: value for name, value in vars(arguments).items() if name in names}
+    return arguments, given
+
+
+@dataclasses.dataclass
+class Base:
+    """What a run starts from."""
+
+    name: str
+    config: GPTConfig | None  # None: from scratch, as the settings will say
+    info: dict  # what its file says of tokenizer and data
+    model: GPT | None  # None: to be trained, or to be downloaded
+
+
+def find_base(given: dict) -> Base:
+    """The base that the flags ask for, read if it is a file. Raises ValueError if it is none."""
+    on_pydocs = given.get("dataset", "pydocs") == "pydocs"
+    name = given.get("base", "scratch" if on_pydocs else "gpt2")
+    if name == "scratch":
+        return Base(name, config=None, info={}, model=None)
+    if name in PRETRAINED:
+        return Base(name, config=PRETRAINED[name], info={"tokenizer": "gpt2"}, model=None)
+    model, info = open_model(name)
+    return Base(name, config=model.config, info=info, model=model)
+
+
+def pick_preset(base: Base, on_pydocs: bool, given: dict) -> str:
+    """By the base's width. From scratch, a model of GPT-2's size must be asked for."""
+    if base.config is None:
+        width = given.get("n_embd", 128 if on_pydocs else 256)
+        return "tiny" if width <= 128 else "small"
+    if base.config.n_embd <= 128:
+        return "tiny"
+    return "small" if base.config.n_embd <= 512 else "gpt2"
+
+
+def choose_settings(given: dict, base: Base, device: torch.device) -> Settings:
+    """The settings of a new run. What comes later wins: the preset, the base, the flags."""
+    dataset = given.get("dataset", base.info.get("dataset", "pydocs"))
+    on_pydocs = dataset == "pydocs"
+    settings = Settings(base=base.name, dataset=dataset)
+
+    settings.preset = given.get("preset", pick_preset(base, on_pydocs, given))
+    for name, values in PRESETS.items():
+        setattr(settings, name, values[PRESET_NAMES.index(settings.preset)])
+
+    # What the base and the machine ask for.
+    if base.config:
+        settings.block_size = base.config.block_size
+    settings.tokenizer = base.info.get("tokenizer", "bytes" if on_pydocs else "gpt2")
+    settings.data_dir = os.path.abspath(base.info.get("data_dir", "data"))
+    settings.dtype = "bfloat16" if common.has_bf16(device) else "float32"
+
+    # The flags, and what hangs on them. A base that is not up-scaled is itself what is trained.
+    for name, value in given.items():
+        setattr(settings, name, value)
+    if settings.train is None:
+        settings.train = "new" if settings.upscale in ("midus", "llama-pro") else "all"
+    if base.name == "scratch" and settings.upscale == "none":
+        settings.lr = given.get("lr", settings.base_lr)
+        settings.tokens = given.get("tokens", settings.base_tokens)
+
+    # What does not concern this run.
+    unused = []
+    if settings.upscale != "midus":
+        unused += MEMORY
+    if base.name != "scratch":
+        unused += OF_SCRATCH
+    for name in unused:
+        setattr(settings, name, None)
+    return settings
+
+
+def refuse_useless_flags(given: dict, settings: Settings, base: Base) -> None:
+    """Raises ValueError for a flag that this run has no use for."""
+    # For each: the flags, when they are of use, and what to say if they are not.
+    method = settings.upscale
+    inserts = method != "none"
+    has_memory = method == "midus" or (base.config is not None and "M" in base.config.blocks)
+    rules = (
+        (OF_SCRATCH, base.name == "scratch", f"this run has --base {base.name}, not scratch"),
+        (("base_tokens", "base_lr"), inserts, "only with --upscale; else say --tokens and --lr"),
+        (PLACEMENT, inserts, "only with --upscale; this run inserts no blocks"),
+        (MEMORY, method == "midus", f"only with --upscale midus; {method} has no memory blocks"),
+        (("memory_lr",), has_memory, "there are no memory blocks"),
+    )
+    for names, useful, sentence in rules:
+        useless = [f"--{name}" for name in names if name in given]
+        if useless and not useful:
+            raise ValueError(f"{', '.join(useless)}: {sentence}")
+
+
+def refuse_contradictions(settings: Settings, base: Base) -> None:
+    """Raises ValueError for settings that cannot be together."""
+    # A base reads the tokens that it was trained on, no more of them at once than it has positions.
+    theirs = base.info.get("tokenizer", settings.tokenizer)
+    if settings.tokenizer != theirs:
+        raise ValueError(f"--tokenizer {settings.tokenizer}: the base was trained with {theirs}")
+    config = base.config or scratch_config(settings)
+    check_vocabulary(settings.tokenizer, config.vocab_size)
+    if settings.block_size > config.block_size:
+        positions = f"the base's {config.block_size} positions"
+        raise ValueError(f"--block_size {settings.block_size} is more than {positions}")
+
+    # A trial without memory for weights: it refuses all that up-scaling and the blocks refuse.
+    with torch.device("meta"):
+        model = GPT(config)
+        if settings.upscale != "none":
+            model = deepen(model, settings)
+        set_trainable(model, settings.train)
+
+
+def refuse_uneven_parts(settings: Settings) -> None:
+    """Raises ValueError unless a batch can be cut evenly, for processes and into parts."""
+    processes = common.process_count()
+    if settings.batch_size % (settings.grad_accum * processes):
+        factor = f"--grad_accum times {processes} processes"
+        raise ValueError(f"{factor} must divide the batch of {settings.batch_size}")
+
+
+def settings_on_resume(saved: dict, given: dict, out: str) -> Settings:
+    """The settings that the run in out was begun with. Only the machine's may be others now."""
+    if "step" not in saved:
+        raise ValueError(f"{out} was not written by train.py; name it as --base to train it")
+    settings = Settings(**saved["settings"])
+    for name, value in given.items():
+        begun_with = getattr(settings, name)
+        if name not in OF_THE_MACHINE and value != begun_with:
+            raise ValueError(f"--{name} contradicts {out}, begun with {begun_with}; drop the flag")
+        setattr(settings, name, value)
+    return settings
+
+
+def print_settings(settings: Settings) -> None:
+    """A line per group of flags, without those that this run has no use for."""
+    groups = {}
+    for field in dataclasses.fields(settings):
+        if field.metadata["group"]:
+            shown = groups[field.metadata["group"]] = []
+        value = getattr(settings, field.name)
+        if value is not None:
+            shown.append(f"{field.name} {value}")
+    for group, shown in groups.items():
+        if shown:
+            print(f"{group + ':':21}{', '.join(shown)}")
+
+
+# ---- From settings to models ---------------------------------------------------------------------
+def scratch_config(settings: Settings) -> GPTConfig:
+    shape = (settings.n_layer, settings.n_head, settings.n_embd, settings.block_size)
+    return GPTConfig(*shape, vocab_size(settings.tokenizer))
+
+
+def deepen(base: GPT, settings: Settings) -> GPT:
+    options = {name: getattr(settings, name) for name in PLACEMENT + MEMORY}
+    given = {name: value for name, value in options.items() if value is not None}
+    return upscale(base, settings.upscale, **given)
+
+
+def settings_of_scratch_base(settings: Settings) -> Settings:
+    """The run that trains the base of this one: the same, but nothing is inserted."""
+    own = dataclasses.replace(settings, upscale="none", train="all")
+    own.tokens = settings.base_tokens
+    own.lr = settings.base_lr
+    for name in (*PLACEMENT, *MEMORY, "memory_lr", "warmup", "eval_every", "save_every"):
+        setattr(own, name, None)
+    return own
+
+
+def path_of_scratch_base(settings: Settings, text: Split) -> str:
+    """Where that base is kept: its name holds a hash of all that shapes its weights."""
+    shaping = dataclasses.asdict(settings)
+    for name in ("data_dir", "compile", "preset"):
+        del shaping[name]
+    everything = json.dumps([shaping, text.identity], sort_keys=True)
+    key = hashlib.sha256(everything.encode()).hexdigest()[:12]
+    return os.path.join(settings.data_dir, f"base-{key}.pt")
 
 
 # ---- The story -----------------------------------------------------------------------------------
 def get_base(base: Base, settings: Settings, data: dict[str, Split], device: torch.device) -> GPT:
-    """The base from a file, by name, or from scratch."""
+    """The base by name, from a file, or from scratch; on the device."""
     if base.name in PRETRAINED:
-        named = (base.name, settings.data_dir)
-        model, _ = common.main_process_first(lambda: open_model(*named))
+        model, _ = common.main_process_first(lambda: open_model(base.name, settings.data_dir))
         return model.to(device)
     if base.name != "scratch":
         return base.model.to(device)
@@ -582,7 +591,7 @@ def get_base(base: Base, settings: Settings, data: dict[str, Split], device: tor
     torch.manual_seed(settings.seed)
     model = GPT(scratch_config(settings))
     if settings.upscale == "none":
-        return model.to(device)  # training it is this run's own work
+        return model.to(device)  # to train it is this run's own work
 
     # It is trained in a run of its own, which may have been done, or interrupted, before.
     settings = settings_of_scratch_base(settings)
@@ -612,7 +621,7 @@ def main() -> None:
         settings = choose_settings(given, base, device)
         refuse_useless_flags(given, settings, base)
         refuse_contradictions(settings, base)
-    refuse_parts(settings)
+    refuse_uneven_parts(settings)
 
     # Text. A first batch refuses a split that is too short.
     source = (settings.dataset, settings.tokenizer, settings.data_dir, ("train", "valid"))
@@ -622,38 +631,32 @@ def main() -> None:
     settings.tokens = settings.tokens or len(text.tokens)  # one epoch
     print_settings(settings)
 
-    label = "base" if settings.upscale == "none" else settings.upscale
     if arguments.resume:
         progress = progress_on_resume(saved, text, out)
         model = model.to(device)
         set_trainable(model, settings.train)
     else:
+        # 1. The base.
         move_old_files_aside(out)
         progress = Progress(text.identity)
-
-        # 1. The base.
         model = get_base(base, settings, data, device)
 
         # 2. Deeper, and at the start exactly the same (but for solar).
         if settings.upscale != "none":
-            model.requires_grad_(False)
-            progress.rows += table_row("base", model, data["valid"])
+            base_model = model.requires_grad_(False)
             torch.manual_seed(settings.seed)
-            deeper = deepen(model, settings)
-            print(summary(model, deeper))
-            model = deeper
+            model = deepen(base_model, settings)
+            print(summary(base_model, model))
+            note_worth(progress, "base", base_model, data)
         set_trainable(model, settings.train)
-        progress.rows += table_row(f"{label}, start", model, data["valid"])
+        note_worth(progress, f"{run_name(settings)}, start", model, data)
 
     # 3. Continual pre-training.
     train(model, settings, progress, data, out)
 
     # 4. What it was worth.
-    progress.rows += table_row(f"{label}, end", model, data["valid"])
-    print_table(progress.rows, data["valid"])
-    rate = settings.tokens / progress.seconds
-    memory = common.peak_memory(device) / 2**20
-    print(f"training: {rate:,.0f} tokens/s, peak memory {memory:,.0f} MiB")
+    note_worth(progress, f"{run_name(settings)}, end", model, data)
+    print_table(progress, settings, data["valid"], device)
     common.leave_processes()
 
 

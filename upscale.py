@@ -283,27 +283,15 @@ def summary(base: GPT, deeper: GPT) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description="Up-scale a checkpoint (or a GPT-2 by name) without training it."
-    )
-    parser.add_argument(
-        "base", help="checkpoint, GPT-2 .bin file, or gpt2, gpt2-medium, gpt2-large, gpt2-xl"
-    )
-    parser.add_argument("--method", choices=METHODS, default="midus", help="(default midus)")
-    parser.add_argument(
-        "--out",
-        type=common.checkpoint_file,
-        default="deeper.pt",
-        help="the new checkpoint (default deeper.pt)",
-    )
-    parser.add_argument("--overwrite", action="store_true", help="replace --out if it exists")
-    parser.add_argument(
-        "--data_dir", default="data", help="where GPT-2's weights are kept (default ./data)"
-    )
-    parser.add_argument("--device", help="cpu, cuda or mps (default: the best there is)")
-    parser.add_argument(
-        "--seed", type=common.seed_number, default=0, help="of what starts at random (default 0)"
-    )
+    parser = argparse.ArgumentParser(description="Up-scale a model without training it.")
+    add = parser.add_argument
+    add("base", help="a checkpoint, a GPT-2 .bin file, or gpt2, gpt2-medium, gpt2-large, gpt2-xl")
+    add("--method", choices=METHODS, default="midus", help="(default midus)")
+    add("--out", type=common.new_file(".pt"), default="deeper.pt", help="(default deeper.pt)")
+    add("--overwrite", action="store_true", help="replace --out if it exists")
+    add("--data_dir", default="data", help="where GPT-2's weights are kept (default ./data)")
+    add("--device", help="cpu, cuda or mps (default: the best there is)")
+    add("--seed", type=common.seed_number, default=0, help="of what starts at random (default 0)")
     common.add_flags(parser, NewBlocks)
     args = parser.parse_args()
     if os.path.exists(args.out) and not args.overwrite:

@@ -35,7 +35,7 @@ from tqdm import tqdm
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 import hml
 import train
-from common import json_file, pick_device, run_command, whole_number, whole_numbers, written_whole
+from common import new_file, pick_device, run_command, whole_number, whole_numbers, written_whole
 from data import Split, get_batch
 from hml import HeadwiseMemory, candidate_pairs, pool
 from model import GPT, PRETRAINED, GPTConfig, MemoryBlock, TransformerBlock
@@ -687,7 +687,7 @@ def main() -> None:
     parser.add_argument(
         "--quick", action="store_true", help="one small case of each table, to see that it runs"
     )
-    parser.add_argument("--json", type=json_file, help="also write the tables to this file")
+    parser.add_argument("--json", type=new_file(".json"), help="also write the tables to this file")
     args = parser.parse_args()
     device = pick_device(args.device)
     b = Bench(

@@ -482,12 +482,6 @@ def rates(text: str) -> list[float]:
     return sorted({real_number(part) for part in text.split(",")})
 
 
-def picture_file(text: str) -> str:
-    if os.path.splitext(text)[1] not in (".svg", ".png", ".pdf"):
-        raise argparse.ArgumentTypeError(f"{text}: its name must end in .svg, .png or .pdf")
-    return new_file(text)
-
-
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Compare ways to deepen a model; resumable.")
     parser.add_argument(
@@ -551,11 +545,14 @@ def parse_arguments() -> argparse.Namespace:
         "--jobs", type=whole_number, help="runs at a time (default: a CPU's cores, else 1)"
     )
     parser.add_argument(
-        "--results", type=new_file, default="results.jsonl", help="finished runs (results.jsonl)"
+        "--results",
+        type=new_file(".jsonl"),
+        default="results.jsonl",
+        help="finished runs (results.jsonl)",
     )
     parser.add_argument(
         "--plot",
-        type=picture_file,
+        type=new_file(".svg", ".png", ".pdf"),
         help="draw the table to this file (.svg, .png); needs matplotlib",
     )
     return parser.parse_args()

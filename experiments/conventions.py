@@ -120,7 +120,9 @@ def main() -> None:
         "--stride", type=common.whole_number, help="of hf: tokens between windows (default 512)"
     )
     parser.add_argument("--device", help="cpu, cuda or mps (default: the best there is)")
-    parser.add_argument("--json", type=common.json_file, help="also write the figures to this file")
+    parser.add_argument(
+        "--json", type=common.new_file(".json"), help="also write the figures to this file"
+    )
     args = parser.parse_args()
     if args.stride is not None and args.convention == "lm-eval":
         raise ValueError("--convention lm-eval reads windows without overlap; drop --stride")

@@ -33,7 +33,7 @@ except ImportError:
     sys.exit(2)
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-from common import json_file, pick_device, run_command, whole_number, written_whole
+from common import new_file, pick_device, run_command, whole_number, written_whole
 from data import check_vocabulary, load_tokenizer
 from eval import sum_nll
 from model import GPT, open_model
@@ -151,7 +151,9 @@ def main() -> None:
         "--data_dir", default="data", help="where GPT-2's weights are kept (default ./data)"
     )
     parser.add_argument("--device", help="cpu, cuda or mps (default: the best there is)")
-    parser.add_argument("--json", type=json_file, help="also write the figures to this file")
+    parser.add_argument(
+        "--json", type=new_file(".json"), help="also write the figures to this file"
+    )
     args = parser.parse_args()
     device = pick_device(args.device)
     if args.include_path and not os.path.isdir(args.include_path):

@@ -10,9 +10,8 @@ import pytest
 import torch
 
 from common import (
-    checkpoint_file,
     download,
-    json_file,
+    new_file,
     pick_device,
     run_command,
     whole_number,
@@ -123,10 +122,10 @@ def test_flags_are_read_or_refused(tmp_path, monkeypatch):
         (whole_number, "1.5"),
         (whole_numbers, "1 3"),
         (whole_numbers, ""),
-        (checkpoint_file, "x.bin"),
-        (checkpoint_file, "none/x.pt"),
-        (json_file, "ckpt.pt"),
-        (json_file, "/dev/null"),
+        (new_file(".pt"), "x.bin"),
+        (new_file(".pt"), "none/x.pt"),
+        (new_file(".json"), "ckpt.pt"),
+        (new_file(".json"), "/dev/null"),
     ):
         with pytest.raises(argparse.ArgumentTypeError):
             read(text)

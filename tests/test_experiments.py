@@ -37,7 +37,7 @@ def tokens():
 
 # ---- bench.py ------------------------------------------------------------------------------------
 def test_bench_runs_and_prints_every_table(root, tmp_path):
-    tables = ["saved", "blocks", "layers", "overhead", "profile"]
+    tables = ["tricks", "saved", "blocks", "layers", "overhead", "profile"]
     run = subprocess.run(
         [
             sys.executable,
@@ -46,7 +46,7 @@ def test_bench_runs_and_prints_every_table(root, tmp_path):
             "--json",
             "b.json",
             "--tables",
-            *tables,
+            ",".join(tables),
         ],
         cwd=tmp_path,
         capture_output=True,
@@ -220,7 +220,7 @@ def test_the_product_key_memory_by_hand(base):
 
 # ---- compare.py ----------------------------------------------------------------------------------
 def test_methods_are_read_from_text():
-    text = "midus:n_keys=64,memory_lr=3e-2,llama-pro:positions=1+3,none"
+    text = "midus:n_keys=64,memory_lr=3e-2,llama-pro:positions=1,3,none"
     assert compare.parse(text) == [
         ("midus", {"n_keys": 64, "memory_lr": 0.03}),
         ("llama-pro", {"positions": [1, 3]}),
@@ -237,7 +237,7 @@ def test_methods_are_read_from_text():
         "midus:tokens=-5",
         "midus:memory_lr=nan",
         "midus:memory_lr=-1",
-        "midus:n_keys=3+4",
+        "midus:n_keys=3,4",
         "lesa:positions=1",
     ):
         with pytest.raises(ValueError, match="--methods"):
@@ -446,12 +446,18 @@ def test_the_comparison_refuses_in_a_sentence(tmp_path, monkeypatch, capsys):
     save_checkpoint(
         "deep.pt", compare.upscale(base, "midus", **MEMORY), tokenizer="bytes", dataset="wikitext2"
     )
-    (tmp_path / "list").write_text("[1]\n")
+    (tmp_path / "list.jsonl").write_text("[1]\n")
     before = (tmp_path / "base.pt").read_bytes()
     for flags, sentence in (
-        (["--base", "base.pt", "--methods", "midus", "--results", "base.pt"], "not a results file"),
-        (["--base", "base.pt", "--methods", "midus", "--results", "list"], "not a results file"),
-        (["--base", "base.pt", "--methods", "midus", "--results", "no/list"], "no such folder"),
+        (["--base", "base.pt", "--methods", "midus", "--results", "base.pt"], "must end in .jsonl"),
+        (
+            ["--base", "base.pt", "--methods", "midus", "--results", "list.jsonl"],
+            "not a results file",
+        ),
+        (
+            ["--base", "base.pt", "--methods", "midus", "--results", "no/list.jsonl"],
+            "no such folder",
+        ),
         (["--base", "base.pt", "--methods", "midus:n_new=1,positions=1"], "not several"),
         (["--base", "base.pt", "--methods", "none:n_new=3"], "n_new must lie between 1 and 2"),
         (["--base", "base.pt", "--methods", "lesa:n_new=1"], "triples"),
