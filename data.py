@@ -44,6 +44,8 @@ def vocab_size(tokenizer: str) -> int:
         return 257
     if tokenizer == "gpt2":
         return 50257
+
+    # gpt2:4096 has 4096 tokens and the end of text.
     size = re.fullmatch(r"gpt2:(\d+)", tokenizer)
     if not size or not 256 <= int(size[1]) <= 50256:
         names = "gpt2, gpt2:N with N from 256 to 50256, or bytes"
@@ -158,6 +160,7 @@ def build_pydocs(folder: str) -> None:
         if text:
             texts[split].append(text)
 
+    # Each file is written whole: another run may be looking for it.
     os.makedirs(folder, exist_ok=True)
     for split, parts in texts.items():
         with written_whole(os.path.join(folder, f"wiki.{split}.txt")) as temporary:
@@ -178,6 +181,7 @@ def find_source(name: str, split: str, data_dir: str) -> tuple[str, str | None]:
             build_pydocs(folder)
         return path, None
 
+    # Your own files come first.
     if name not in WIKITEXT:
         raise ValueError(f"dataset must be one of {', '.join(DATASETS)}; not {name!r}")
     archive = WIKITEXT[name]
@@ -185,6 +189,7 @@ def find_source(name: str, split: str, data_dir: str) -> tuple[str, str | None]:
     if os.path.exists(own):
         return own, None
 
+    # Else the archive is downloaded, once.
     wanted = ", ".join(f"wiki.{split}.{archive.ending}" for split in SPLITS)
     hint = (
         f"Without network, put {wanted} into {data_dir} (--data_dir), or use --dataset pydocs, "
@@ -226,6 +231,7 @@ def encode(text: str, tokenizer: tiktoken.Encoding, desc: str) -> np.ndarray:
     cuts.append(len(text))
     pieces = [text[start:end] for start, end in zip(cuts, cuts[1:])]
 
+    # Several pieces at a time, one per thread.
     ids = []
     threads = os.cpu_count() or 1
     at_once = 4 * threads
@@ -243,7 +249,8 @@ def count_words(text: str) -> int:
 
 
 def load_split(name: str, split: str, tokenizer: str, data_dir: str) -> Split:
-    """One split as tokens. They are made once, and kept in a file that only their text can meet."""
+    """One split as tokens; they are made once, and kept in data_dir."""
+    # The name of the cache holds a hash of all that shapes the tokens, so it is never stale.
     path, member = find_source(name, split, data_dir)
     everything = repr((file_sha256(path), member, tokenizer, "layout 2"))
     identity = hashlib.sha256(everything.encode()).hexdigest()[:16]
@@ -259,6 +266,7 @@ def load_split(name: str, split: str, tokenizer: str, data_dir: str) -> Split:
             file.write(header)
             file.write(tokens)
 
+    # A file of another length, or with tokens that are none, is not what was written.
     damaged = ValueError(f"{cache} is damaged; delete it, and it is made again")
     room = os.path.getsize(cache) - header_bytes
     if room <= 0:
@@ -303,6 +311,7 @@ def get_batch(
         needed = f"{batch_size} + 1 sequences of {block_size} and one"
         raise ValueError(f"{len(tokens)} tokens are too few for {needed}")
 
+    # Sequences are numbered through all batches and epochs.
     rows = []
     for sequence in range(index * batch_size, (index + 1) * batch_size):
         epoch, place = divmod(sequence, windows)

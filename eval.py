@@ -67,9 +67,11 @@ def sum_nll(
     if len(tokens) < 2:
         raise ValueError("the split has fewer than two tokens; there is nothing to predict")
 
+    # Where windows start. The last one ends with the text.
     last_start = max(0, len(tokens) - 1 - block_size)
     starts = [*range(0, last_start, stride), last_start]
     at_once = at_once or windows_at_once(model)
+    # A batch of windows at a time; nothing is dropped, nothing counts twice.
     total = 0.0
     scored = 0  # targets so far
     for first in tqdm(
@@ -190,6 +192,7 @@ def print_report(report: dict) -> None:
 
 def report_split(model: GPT, info: dict, args: argparse.Namespace) -> None:
     """Evaluates one split, prints the figures, and writes them to args.json if that is given."""
+    # What is not asked for is as in training.
     dataset = args.dataset or info.get("dataset", "wikitext103")
     data_dir = args.data_dir or info.get("data_dir", "data")
     tokenizer = info["tokenizer"]
@@ -203,6 +206,7 @@ def report_split(model: GPT, info: dict, args: argparse.Namespace) -> None:
     report = evaluate(model, split, stride)
     print_report(report)
 
+    # The same for a program.
     if args.json:
         about = {
             "checkpoint": args.checkpoint,
@@ -267,11 +271,13 @@ def main() -> None:
     check_vocabulary(info["tokenizer"], model.config.vocab_size)
     model = model.to(device).eval()
 
+    # What it is.
     counts = count_parameters(model)
     parts = ", ".join(f"{part} {count:,}" for part, count in counts.items())
     print(f"{args.checkpoint}: {' '.join(model.config.blocks)}, device {device}, float32")
     print(f"{sum(counts.values()):,} parameters ({parts})")
 
+    # What it says, or what it is worth.
     if args.prompt is not None:
         print_sample(model, info["tokenizer"], args)
     else:

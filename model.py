@@ -45,6 +45,7 @@ class GPTConfig:
     new: tuple[int, ...] = ()  # indices, from 0, of the blocks that up-scaling inserted
 
     def __post_init__(self):
+        # Sizes.
         for name in ("n_layer", "n_head", "n_embd", "block_size", "vocab_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, not {getattr(self, name)}")
@@ -54,6 +55,7 @@ class GPTConfig:
             sizes = f"{self.n_embd} and {self.n_head}"
             raise ValueError(f"n_embd must be a multiple of n_head; got {sizes}")
 
+        # What stands where. A plain GPT is all T.
         self.blocks = self.blocks or "T" * self.n_layer
         if len(self.blocks) != self.n_layer or set(self.blocks) - set("TM"):
             wanted = f"{self.n_layer} letters T or M (one per layer)"
@@ -64,6 +66,8 @@ class GPTConfig:
 
 
 # ---- Blocks --------------------------------------------------------------------------------------
+# Attention comes in two forms: with its heads apart, for a memory block, and joined by c_proj, for
+# a transformer block. Both have the same c_attn, so that one can be copied to the other.
 class AttentionHeads(nn.Module):
     """Multi-head causal attention that stops before the output projection: heads stay apart."""
 
@@ -77,9 +81,11 @@ class AttentionHeads(nn.Module):
 
         cache holds the keys and values so far, and takes the new.
         """
+        # One product makes queries, keys and values of all heads.
         qkv = self.c_attn(x).unflatten(-1, (3, self.n_head, -1))  # (B, T, 3, H, d_h)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B, H, T, d_h)
 
+        # What was read before is not computed again: its keys and values are kept.
         if cache is not None:
             if cache:
                 k = torch.cat((cache["k"], k), dim=2)  # (B, H, T so far, d_h)
@@ -178,6 +184,8 @@ class GPT(nn.Module):
     def __init__(self, config: GPTConfig):
         super().__init__()
         self.config = config
+
+        # An embedding per token, which is the head's weight too, and one per position.
         self.wte = nn.Embedding(config.vocab_size, config.n_embd)
         self.wpe = nn.Embedding(config.block_size, config.n_embd)
         self.h = nn.ModuleList(BLOCKS[kind](config) for kind in config.blocks)
@@ -204,6 +212,7 @@ class GPT(nn.Module):
         that follows. Raises ValueError if the sequence is longer than block_size, or if more than
         one token follows.
         """
+        # Where in the sequence these tokens stand: behind those in the cache.
         start = 0
         if cache and cache[0]:
             start = cache[0]["k"].size(2)
@@ -214,10 +223,12 @@ class GPT(nn.Module):
             longest = self.config.block_size
             raise ValueError(f"a sequence of {end} tokens is longer than the model's {longest}")
 
+        # Up the stack.
         positions = torch.arange(start, end, device=tokens.device)  # (T,)
         x = self.wte(tokens) + self.wpe(positions)  # (B, T, C)
         for i, block in enumerate(self.h):
             x = block(x, cache[i] if cache is not None else None)  # (B, T, C)
+        # A token's logit is the product of its embedding with what the stack says.
         x = self.ln_f(x)
         logits = F.linear(x, self.wte.weight)  # (B, T, vocab)
 
@@ -243,6 +254,7 @@ class GPT(nn.Module):
         cached = 0  # tokens in the cache
         unread = tokens  # tokens that the model has yet to read
         for _ in range(max_new_tokens):
+            # Make room if the window is full, then read what is new.
             if cached + unread.size(1) > self.config.block_size:
                 cache = [{} for _ in self.h]
                 cached = 0
@@ -251,6 +263,7 @@ class GPT(nn.Module):
             logits = self(unread, cache=cache)[:, -1]  # (B, vocab)
             cached += unread.size(1)
 
+            # Choose the next token.
             if temperature < 1e-6:  # to divide by less would overflow
                 unread = logits.argmax(dim=-1, keepdim=True)  # (B, 1)
             else:
@@ -277,6 +290,7 @@ def count_parameters(model: GPT, blocks: tuple[int, ...] | None = None) -> dict[
     )
     counts = {}
     for name, parameter in model.named_parameters():
+        # h.3.attn.c_attn.weight belongs to block 3.
         block = int(name.split(".")[1]) if name.startswith("h.") else None
         if blocks is None or block in blocks:
             part = next(part for fragment, part in parts if fragment in name)
@@ -341,12 +355,14 @@ def load_gpt2(path: str) -> GPT:
     ignored = ("lm_head.weight", ".attn.bias", ".attn.masked_bias")
     transposed = ("c_attn.weight", "c_proj.weight", "c_fc.weight")  # stored as (in, out)
     try:
+        # Names and layouts become ours.
         state = {}
         for name, tensor in torch.load(path, map_location="cpu", weights_only=True).items():
             name = name.removeprefix("transformer.")
             if not name.endswith(ignored):
                 state[name] = tensor.T if name.endswith(transposed) else tensor
 
+        # The sizes of the model are those of its tensors.
         vocab_size, n_embd = state["wte.weight"].shape
         block_size = len(state["wpe.weight"])
         n_layer = len({name.split(".")[1] for name in state if name.startswith("h.")})

@@ -78,6 +78,7 @@ def place(
     >>> place(6, True, every=2), place(6, False, every=2), place(12, True, n_new=5)
     ([1, 3, 5], [2, 4, 6], [1, 3, 6, 8, 11])
     """
+    # One way to say where, not several.
     ways = [way for way in (every, positions, n_new) if way is not None]
     if len(ways) > 1:
         raise ValueError("give one of every, positions and n_new, not several")
@@ -86,6 +87,7 @@ def place(
         check_positions(positions, n_layer)
         return sorted(positions)
 
+    # Groups of blocks, by their edges.
     if n_new is not None:
         check_count("n_new", n_new, n_layer)
         edges = [group * n_layer // n_new for group in range(n_new + 1)]
@@ -94,6 +96,7 @@ def place(
         check_count("every", every, n_layer)
         edges = list(range(0, n_layer + 1, every))
 
+    # A new block in each.
     places = []
     for bottom, top in zip(edges, edges[1:]):
         places.append((bottom + top + 1) // 2 if in_the_middle else top)
@@ -129,12 +132,14 @@ def assemble(base: GPT, sources: list[int], new: list[int], kind: str = "T", **m
         raise ValueError(
             "the base already has memory blocks; up-scale a model of transformer blocks only"
         )
+
     kinds = [kind if i in new else "T" for i in range(len(sources))]
     config = dataclasses.replace(
         base.config, n_layer=len(sources), blocks="".join(kinds), new=tuple(new), **memory
     )
     model = GPT(config)  # drawn on the CPU, so that a seed gives the same weights everywhere
 
+    # What is not a block is as it was; every block starts from its source.
     for name in ("wte", "wpe", "ln_f"):
         getattr(model, name).load_state_dict(getattr(base, name).state_dict())
     for i, source in enumerate(sources):
@@ -153,6 +158,7 @@ def silence(block: nn.Module) -> None:
 
 
 # ---- The methods ---------------------------------------------------------------------------------
+# Each is a choice of sources and of what the new blocks are at the start.
 def midus(base: GPT, positions: list[int], **memory) -> GPT:
     """A memory block after each of these blocks."""
     sources, new = interleave(base.config.n_layer, positions)
@@ -248,6 +254,7 @@ def set_trainable(model: GPT, which: str) -> None:
             raise ValueError(f"--train is {wanted}; not {which}")
         chosen = [int(part) - 1 for part in named]
 
+    # Embeddings and the last norm stay frozen too.
     model.requires_grad_(False)
     for i in chosen:
         model.h[i].requires_grad_(True)
@@ -266,12 +273,14 @@ def identity_gap(base: GPT, deeper: GPT, tokens: Tensor, dtype: torch.dtype) -> 
 
 def summary(base: GPT, deeper: GPT) -> str:
     """The new stack as a line, and the parameters: before, added, and of which parts."""
+    # What was there, what is new, and what the new consists of.
     before = sum(count_parameters(base).values())
     added = count_parameters(deeper, deeper.config.new)
     parts = ", ".join(f"{part} {count:,}" for part, count in added.items())
     if "M" in deeper.config.blocks:
         parts += "".join(f"; {name} {getattr(deeper.config, name)}" for name in MEMORY)
 
+    # T M T T M T, with a mark under every new block.
     marks = ["^" if i in deeper.config.new else " " for i in range(deeper.config.n_layer)]
     lines = (
         f"stack  {' '.join(deeper.config.blocks)}",
@@ -297,6 +306,7 @@ def main() -> None:
     if os.path.exists(args.out) and not args.overwrite:
         raise ValueError(f"{args.out} exists; choose another --out, or add --overwrite")
 
+    # Up-scale.
     device = common.pick_device(args.device)
     base, info = open_model(args.base, args.data_dir)
     base = base.to(device).eval()
@@ -313,6 +323,7 @@ def main() -> None:
         gap = identity_gap(base, deeper, tokens, dtype)
         print(f"largest difference of logits to the base, {dtype}: {gap:g}")
 
+    # The new model goes by its base's tokenizer and data.
     about = {name: info[name] for name in ("tokenizer", "dataset", "data_dir") if name in info}
     save_checkpoint(args.out, deeper, method=args.method, history=[], **about)
     print(f"wrote {args.out}")
