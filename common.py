@@ -1,7 +1,7 @@
 """
 The basement: devices, processes, files, downloads, the command line. Nothing here is about MIDUS.
 
-A first reader can skip this file; every function says in a line what it promises.
+A first reader can skip this file.
 """
 
 import argparse
@@ -78,7 +78,7 @@ def join_processes(device: torch.device) -> torch.device:
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
 
-    # The others wait at their next meeting while rank 0 tokenizes or evaluates: be patient.
+    # The others wait while rank 0 tokenizes or evaluates, which may take hours.
     backend = "nccl" if device.type == "cuda" else "gloo"
     dist.init_process_group(backend, timeout=timedelta(hours=3))
 
@@ -138,19 +138,18 @@ def temporary_name(path: str) -> str:
 def written_whole(path: str) -> Iterator[str]:
     """Yields a temporary name, which becomes path at the end, whole or not at all.
 
-    A fault leaves path as it was. Raises OSError, with path in it, where the disk is at fault.
+    A fault leaves path as it was. Raises OSError, with path in it, if it cannot be written.
     """
     target = os.path.realpath(path)  # so that a symbolic link stays one
     temporary = temporary_name(target)
     try:
         yield temporary
         # It is on the disk before it takes the old file's place.
-        with open(temporary, "rb") as file:
+        with open(temporary, "rb+") as file:
             os.fsync(file.fileno())
         os.replace(temporary, target)
     except (OSError, RuntimeError) as error:  # torch reports a full disk as a RuntimeError
-        reason = str(error).splitlines()[0]
-        raise OSError(f"could not write {path}: {reason}") from error
+        raise OSError(f"could not write {path}: {one_line(error)}") from error
     finally:
         if os.path.exists(temporary):
             os.remove(temporary)
@@ -285,7 +284,7 @@ def new_file(*endings: str) -> Callable[[str], str]:
 def flag(help: str, default: object = None, group: str | None = None, **options) -> object:
     """A field of a dataclass of settings. Its annotation says how the flag is read.
 
-    group: the heading of the flags from here on. options go to argparse.
+    group: a heading in --help, for this flag and those after it. options go to argparse.
     """
     if default is not None:
         help += f" (default {default})"

@@ -181,9 +181,10 @@ def find_source(name: str, split: str, data_dir: str) -> tuple[str, str | None]:
             build_pydocs(folder)
         return path, None
 
-    # Your own files come first.
     if name not in WIKITEXT:
         raise ValueError(f"dataset must be one of {', '.join(DATASETS)}; not {name!r}")
+
+    # Your own files come first.
     archive = WIKITEXT[name]
     own = os.path.join(data_dir, f"wiki.{split}.{archive.ending}")
     if os.path.exists(own):
@@ -266,7 +267,7 @@ def load_split(name: str, split: str, tokenizer: str, data_dir: str) -> Split:
             file.write(header)
             file.write(tokens)
 
-    # A file of another length, or with tokens that are none, is not what was written.
+    # A wrong length, or an id outside the vocabulary, means damage.
     damaged = ValueError(f"{cache} is damaged; delete it, and it is made again")
     room = os.path.getsize(cache) - header_bytes
     if room <= 0:
@@ -308,10 +309,14 @@ def get_batch(
     """
     windows = (len(tokens) - 1) // block_size - 1  # one less than fit: room for the offset
     if windows < batch_size:
-        needed = f"{batch_size} + 1 sequences of {block_size} and one"
-        raise ValueError(f"{len(tokens)} tokens are too few for {needed}")
+        needed = (batch_size + 1) * block_size + 1
+        raise ValueError(
+            f"{len(tokens)} tokens are too few for a batch of {batch_size} sequences of "
+            f"{block_size}, which needs {needed}"
+        )
 
-    # Sequences are numbered through all batches and epochs.
+    # Sequences are numbered through all batches and epochs. Every epoch cuts the text at other
+    # places, so its windows are new ones.
     rows = []
     for sequence in range(index * batch_size, (index + 1) * batch_size):
         epoch, place = divmod(sequence, windows)

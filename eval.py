@@ -5,8 +5,8 @@ What a checkpoint is worth: perplexities, cost, and how much of its memory it us
     python eval.py gpt2 --stride 512            published GPT-2 on WikiText-103, overlapping windows
     python eval.py ckpt.pt --prompt "Once"      samples instead
 
-Perplexity has several names; they differ in what they divide by. With NLL the summed negative
-log-likelihood of the split, in nats:
+Perplexity has several names. They differ in what NLL, the split's summed negative log-likelihood in
+nats, is divided by:
 
     token-level   exp(NLL / tokens)     depends on the tokenizer
     word-level    exp(NLL / words)      does not
@@ -85,7 +85,7 @@ def sum_nll(
         nll = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none")
         nll = nll.view(targets.shape).cpu().double()  # (B, T); MPS has no float64
 
-        # What the windows before have scored is skipped.
+        # The first targets of a window were scored by the windows before it.
         for start, window in zip(group, nll):
             total += window[scored - start :].sum().item()
             scored = start + len(window)
@@ -94,7 +94,7 @@ def sum_nll(
 
 def perplexity(nll: float, count: int) -> float:
     """exp(nll / count), or infinity where no float is large enough."""
-    return math.exp(nll / count) if nll / count < 700 else math.inf
+    return math.inf if nll / count > 700 else math.exp(nll / count)
 
 
 # ---- Use of the memory ---------------------------------------------------------------------------
@@ -169,7 +169,7 @@ def evaluate(model: GPT, split: Split, stride: int | None = None) -> dict:
         "bits_per_byte": nll / math.log(2) / split.bytes,
         "tokens_per_second": tokens / seconds,
         "peak_memory": common.peak_memory(model.wte.weight.device),
-        "usage": {block: usage(reads) for block, reads in counts.items()},
+        "usage": {block + 1: usage(reads) for block, reads in counts.items()},  # counted from 1
     }
 
 
@@ -180,11 +180,13 @@ def print_report(report: dict) -> None:
     print(f"token-level perplexity  {report['token_perplexity']:.3f}   {tokens}")
     print(f"word-level perplexity   {report['word_perplexity']:.3f}   {words}")
     print(f"bits per byte           {report['bits_per_byte']:.4f}   {size}")
-    print(f"tokens/s                {report['tokens_per_second']:,.0f}   memory reads counted too")
+    print(
+        f"tokens/s                {report['tokens_per_second']:,.0f}   with the time to count reads"
+    )
     print(f"peak memory             {report['peak_memory'] / 2**20:,.0f} MiB")
     for block, figures in report["usage"].items():
         print(
-            f"memory in block {block + 1}: {figures['top1']:.1%} of slots ever best, "
+            f"memory in block {block}: {figures['top1']:.1%} of slots ever best, "
             f"{figures['topk']:.1%} ever read, KL to uniform {figures['kl']:.2f} nats "
             "(means over heads)"
         )

@@ -3,9 +3,10 @@ The Head-wise Memory Layer (HML) of MIDUS, Memory-Infused Depth Up-Scaling (Kim 
 2512.13751), on product keys (Lample et al. 2019, arXiv 1907.05242).
 
 Depth up-scaling takes a pre-trained model, puts new blocks between its old ones, and goes on
-pre-training. The new blocks are usually copies of old ones; MIDUS inserts memory blocks instead:
+pre-training. The new blocks are usually copies of old ones. MIDUS inserts memory blocks instead,
+each right after the transformer block that it copies from:
 
-      a transformer block                     a memory block, put right above it
+      a transformer block                     a memory block; its x is what the left one puts out
 
     x --+--> LayerNorm                      x --+--> LayerNorm             copied from the left
         |    attention (Q, K, V), H heads       |    attention (Q, K, V)   copied from the left
@@ -19,13 +20,14 @@ pre-training. The new blocks are usually copies of old ones; MIDUS inserts memor
         +<-------+ sum
         v
 
-This file is the HML line on the right; model.py has both blocks around it. The residual connection
-is the block's, outside of the layer. `python hml.py` walks through the example below.
+This file is the HML line on the right; model.py has both blocks around it. The residual connection,
+the long line from x to the sum, is the block's and not the layer's. `python hml.py` walks through
+the example below.
 
 A feed-forward layer multiplies every token with all of its weights. A memory layer *looks up*
-instead. A slot holds one entry of a bank of values, the same for all heads, and has one key per
-head. A token's head reads only the k slots whose keys fit its query best, and to find them among
-N = n * n slots it looks at 2n half keys:
+instead. A slot is a place in a bank. It has one entry (its row of the bank, which all heads share)
+and one key per head. For each token, a head reads only the k slots whose keys have the largest dot
+product with its query; to find them among N = n * n slots it scores 2n half keys:
 
     head output a_h = query q_h
         first half  . n row keys --> n row scores --> k best --\
@@ -41,9 +43,9 @@ Shape names, the same in every file:
     T    tokens in a sequence      N    slots = n * n; slot = row * n + col
     H    heads (n_head)            k    slots read per token and head (top_k)
     C    n_embd = H * d_h          d_v  width of an entry of the bank, and of the latent (d_latent)
-    d_h  width of a head           P    pairs of ranks that can be among the k best
+    d_h  width of a head           P    pairs (i-th best row, j-th best col) that can win
 
-An example for paper, with n=3, k=2, d_h=4, d_v=2 and one head:
+An example to work through by hand, with n=3, k=2, d_h=4, d_v=2 and one head:
     query (1, 2 | 2, -1)
     row keys (0, 1) (1, 2) (1, -1)    row scores 2  5 -1     best rows 1, 0 with 5, 2
     col keys (2, 0) (0, 1) (1, -1)    col scores 4 -1  3     best cols 0, 2 with 4, 3
@@ -54,7 +56,7 @@ An example for paper, with n=3, k=2, d_h=4, d_v=2 and one head:
     bank              entry 3 is (4, 0)    entry 5 is (0, 4)    z = (2.924, 1.076)
     W = ((1, 0, 2, 1), (0, 1, 0, -1))                    m = z W = (2.924, 1.076, 5.848, 1.848)
 
-Query, key and value are the memory's; attention came before and left the heads' outputs.
+Query, key and value here mean the memory's; attention's own were used before this layer starts.
 Deliberately missing: a query projection (the head's output *is* the query), 1/sqrt(d) on scores
 (keys start that small), an output projection or gate, any mixing between heads.
 """
@@ -73,9 +75,10 @@ from torch import Tensor, nn
 def candidate_pairs(k: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """The pairs (i, j) of ranks whose sum can be among the k best, as two tensors (P,).
 
-    A rank is a place in a half's list of its k best, 0 for the best. A sum (i, j) is matched or
-    beaten by every (i' <= i, j' <= j): (i+1)*(j+1) sums with itself. Where that is more than k, at
-    least k others score as much. What is left: 20 of 64 pairs at k=8, 50 of 256 at k=16.
+    A rank is a place in a half's list of its k best, 0 for the best. Both lists are sorted, so a
+    pair with no larger rank in either place scores at least as much. (i, j) has (i+1)*(j+1) such
+    pairs, itself included; if that is over k, it is not needed. That leaves 20 of 64 pairs at k=8,
+    50 of 256 at k=16.
     """
     pairs = [(i, j) for i in range(k) for j in range(k) if (i + 1) * (j + 1) <= k]
     return torch.tensor(pairs, device=device).unbind(1)
@@ -88,7 +91,7 @@ def product_key_topk(row_scores: Tensor, col_scores: Tensor, k: int) -> tuple[Te
     is matched or beaten by the k slots of its own column in the best rows; and columns likewise.
 
     row_scores, col_scores: (..., n). Returns scores (..., k), best first, and slots (..., k),
-    int64, row * n + col; any of those that tie. Gradients flow into both score tensors. Raises
+    int64, row * n + col; among ties, any. Gradients flow into both score tensors. Raises
     ValueError if k is not in 1..n or the shapes differ.
 
     >>> product_key_topk(torch.tensor([2., 5., -1.]), torch.tensor([4., -1., 3.]), k=2)
@@ -106,13 +109,14 @@ def product_key_topk(row_scores: Tensor, col_scores: Tensor, k: int) -> tuple[Te
     col_best, cols = col_scores.topk(k)  # both (..., k)  [4, 3] and [0, 2]
     i, j = candidate_pairs(k, row_scores.device)  # both (P,)  [0, 0, 1] and [0, 1, 0]
     sums = row_best[..., i] + col_best[..., j]  # (..., P)  [9, 8, 6]
-    winners = sums.topk(k).indices  # (..., k)  [0, 1]
+    winners = sums.topk(k).indices  # (..., k), numbers of pairs  [0, 1]
 
-    # A winner is the number of a pair: pair -> its two ranks -> its row and its column. The scores
-    # are the same sums, made once more from the winners alone, which makes their gradient cheap.
-    i, j = i[winners], j[winners]  # both (..., k)  [0, 0] and [0, 1]
-    scores = row_best.gather(-1, i) + col_best.gather(-1, j)  # (..., k)  [9, 8]
-    slots = rows.gather(-1, i) * n + cols.gather(-1, j)  # (..., k)  [1 * 3 + 0, 1 * 3 + 2]
+    # A winning pair names a rank among the rows and one among the columns. The scores are the same
+    # sums, made once more from the winners alone, which makes their gradient cheap.
+    row_ranks = i[winners]  # (..., k)  [0, 0]
+    col_ranks = j[winners]  # (..., k)  [0, 1]
+    scores = row_best.gather(-1, row_ranks) + col_best.gather(-1, col_ranks)  # (..., k)  [9, 8]
+    slots = rows.gather(-1, row_ranks) * n + cols.gather(-1, col_ranks)  # (..., k)  [3, 5]
     return scores, slots
 
 
@@ -124,9 +128,10 @@ class ProductKeys(nn.Module):
     that are never built. Only keys that win get a gradient. They start as U(+-(d_h/2)^-0.5) [Lample
     et al.]. query_norm, off by default, is a switch of ours; the paper has none.
 
-    Nothing forces heads to use all of their slots. Head outputs of different tokens are often much
-    alike; then nearly all tokens read the same few slots, and the rest of the bank is never
-    trained. That is *slot collapse*; eval.py counts the slots in use.
+    Nothing makes a head use all its slots. If its outputs for different tokens are alike, they read
+    the same few slots; the other keys get no gradient, so nothing moves them to where they would
+    win, and entries that no head reads stay untrained. That is *slot collapse*; eval.py counts the
+    slots in use.
     """
 
     def __init__(
@@ -141,17 +146,19 @@ class ProductKeys(nn.Module):
 
     def forward(self, query: Tensor) -> tuple[Tensor, Tensor]:
         """query (B, T, H, d_h) -> weights, fp32, each k summing to 1, and slots: (B, T, H, k)."""
-        # In fp32 under autocast too: with bf16 scores 13% of the sets of k=8 slots would be others.
+        # In fp32 under autocast too: scores in bf16 would change 13% of the sets of k=8 slots.
         with torch.autocast(query.device.type, enabled=False):
             query = query.float()
             if self.query_norm:
                 query = F.layer_norm(query, query.shape[-1:])  # (B, T, H, d_h), no learned weights
 
-            first, second = query.chunk(2, dim=-1)  # each (B, T, H, d_h/2)
+            # Each half of the query against the half keys that are for it.
+            q1, q2 = query.chunk(2, dim=-1)  # each (B, T, H, d_h/2)
             row_keys, col_keys = self.keys.float()  # each (H, n, d_h/2)
-            row_scores = torch.einsum("bthd,hnd->bthn", first, row_keys)  # (B, T, H, n)
-            col_scores = torch.einsum("bthd,hnd->bthn", second, col_keys)  # (B, T, H, n)
+            row_scores = torch.einsum("bthd,hnd->bthn", q1, row_keys)  # (B, T, H, n)
+            col_scores = torch.einsum("bthd,hnd->bthn", q2, col_keys)  # (B, T, H, n)
 
+            # The weights of a read are a softmax over the k slots that won, not over all.
             scores, slots = product_key_topk(row_scores, col_scores, self.top_k)  # (B, T, H, k)
             return scores.softmax(dim=-1), slots
 
@@ -174,8 +181,8 @@ class HIVE(nn.Module):
     summing the k entries first and projecting the sum is the same, since both are linear. For GPT-2
     (H=12, n=128, d_v=64) this stores 1.10M values instead of 12.58M.
 
-    The bank gets no weight decay in training (train.py): a step of decay shrinks every entry, also
-    those that no token has read since the step before.
+    The bank gets no weight decay in training (train.py): decay shrinks all entries at every step,
+    but only entries that are read get a gradient to restore them.
     """
 
     def __init__(self, n_head: int, head_dim: int, n_slots: int, d_latent: int):
@@ -185,7 +192,8 @@ class HIVE(nn.Module):
 
     def forward(self, weights: Tensor, slots: Tensor) -> Tensor:
         """weights, slots (B, T, H, k) -> values m (B, T, H, d_h)."""
-        z = pool(weights, slots, self.bank.float())  # (B, T, H, d_v), fp32
+        # Summed in fp32, even if the model is kept in bf16.
+        z = pool(weights, slots, self.bank.float())  # (B, T, H, d_v)
         return torch.einsum("bthv,hvd->bthd", z.to(self.proj.dtype), self.proj)  # (B, T, H, d_h)
 
 
@@ -200,13 +208,16 @@ class HeadwiseMemory(nn.Module):
         hive.bank  (N, d_v)          zero                yes, entries read    yes, entries read
         hive.proj  (H, d_v, d_h)     N(0, std d_v^-0.5)  zero                 yes
         keys       (2, H, n, d_h/2)  U(+-(d_h/2)^-0.5)   zero                 yes, keys that win
-        attention  (in model.py)     copied              zero                 yes
+        this block's LN, attention   copied              zero                 yes
 
-    With the bank at zero the layer returns exact zeros, so a model it is inserted into starts as
-    the very same function (reports of the paper say so). All that reaches the output through the
-    bank alone, attention too, has gradient zero until the bank has moved. With proj at zero as
-    well, neither would ever move. With proj at zero instead, entries nobody has read yet would say
-    something random as soon as proj has moved; a zero entry says nothing till trained.
+    With the bank at zero the layer returns exact zeros and the block just passes x on: the model
+    starts as the base (known from accounts of the paper, not from its text). A head's value is the
+    sum of weight * entry @ W_h, and each factor's gradient contains the other two. So at step 0
+    only the bank has one: for W_h, and for the weights with the keys and the attention behind them,
+    the other factors include entries that are still zero.
+
+    Both at zero: neither would ever get a gradient. W_h alone at zero: once W_h has moved, an entry
+    read for the first time adds its random start to the output; a zero entry adds nothing.
     """
 
     def __init__(
@@ -250,7 +261,7 @@ class HeadwiseMemory(nn.Module):
 
 @torch.no_grad()
 def show_example() -> None:
-    """Prints the example for paper, step by step."""
+    """Prints the example of the docstring, step by step."""
     torch.set_printoptions(precision=3)
     query = torch.tensor([1.0, 2, 2, -1])
     heads = query.view(1, 1, 1, 4)  # (B, T, H, d_h)
@@ -281,11 +292,14 @@ def show_example() -> None:
 
 
 # ---- 5. Speed only: stop here --------------------------------------------------------------------
-# The layer above is complete. What follows puts another pool in its place, which gives the same in
-# less time; delete this section, and nothing changes but that. Without it a training step of
-# `python train.py --upscale midus` takes 1.23 times as long on two CPU cores, with embedding_bag's
-# own backward 1.10 times (`python experiments/bench.py --tables tricks`).
+# The layer is complete; skip this on a first reading. A second `pool` takes the place of the first:
+# HIVE looks the name up at each call. The results are the same up to rounding. Without this section
+# a training step of `python train.py --upscale midus` takes 1.22 times as long on two CPU cores;
+# with it, but with PyTorch's own backward of embedding_bag, 1.09 times (`python
+# experiments/bench.py --tables tricks --threads 2 --dtype bfloat16`).
 plain_pool = pool
+
+# PoolForCPU's backward uses a kind of tensor that PyTorch warns about.
 warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta")
 
 
@@ -305,7 +319,7 @@ def pool(weights: Tensor, slots: Tensor, bank: Tensor) -> Tensor:
 
 
 class PoolForCPU(torch.autograd.Function):
-    """embedding_bag with weights, and a backward that CPUs do sooner than its own."""
+    """embedding_bag with weights, and a backward that is faster on CPUs than PyTorch's own."""
 
     @staticmethod
     def forward(ctx, weights: Tensor, slots: Tensor, bank: Tensor) -> Tensor:
@@ -320,7 +334,8 @@ class PoolForCPU(torch.autograd.Function):
         N = len(bank)
         reads = slots.flatten()  # (R * k,)
 
-        # A weight's gradient is grad[r] . bank[slot]: R * k places of the product grad @ bank.T.
+        # A weight's gradient is grad[r] . bank[slot]: only these R * k places of the product
+        # grad @ bank.T, (R, N), are computed.
         places = torch.sparse_csr_tensor(
             crow_indices=torch.arange(0, R * k + 1, k),
             col_indices=reads,

@@ -93,7 +93,7 @@ class AttentionHeads(nn.Module):
             cache["k"] = k
             cache["v"] = v
 
-        # With a cache one token comes at a time, which may look at all before it: no mask.
+        # Once a cache is begun, one token comes at a time and may look at all before it: no mask.
         causal = q.size(2) > 1
         if q.device.type == "cpu":
             # In fp32 even under autocast: the backward in bf16 is up to three times slower there.
@@ -152,8 +152,8 @@ class TransformerBlock(nn.Module):
 class MemoryBlock(nn.Module):
     """MIDUS's block, x + HML(heads(LN(x))): no output projection and no MLP. (B, T, C).
 
-    Nothing passes around the memory from attention to the sum: such a residual would weaken what
-    retrieval has to learn [report].
+    Attention reaches the sum only through the memory; a way around it would weaken what retrieval
+    has to learn [report].
     """
 
     def __init__(self, config: GPTConfig):
@@ -228,7 +228,7 @@ class GPT(nn.Module):
         x = self.wte(tokens) + self.wpe(positions)  # (B, T, C)
         for i, block in enumerate(self.h):
             x = block(x, cache[i] if cache is not None else None)  # (B, T, C)
-        # A token's logit is the product of its embedding with what the stack says.
+        # A token's logit is the dot product of its embedding with the stack's output.
         x = self.ln_f(x)
         logits = F.linear(x, self.wte.weight)  # (B, T, vocab)
 
@@ -247,14 +247,14 @@ class GPT(nn.Module):
         """Continues tokens (B, T >= 1) by max_new_tokens; returns both. temperature 0: the
         likeliest.
 
-        Keys and values are cached. When block_size is full the cache is dropped, and the last half
-        of the window is read anew.
+        Keys and values are cached, as long as the window of block_size tokens is not full.
         """
         cache = [{} for _ in self.h]
         cached = 0  # tokens in the cache
         unread = tokens  # tokens that the model has yet to read
         for _ in range(max_new_tokens):
-            # Make room if the window is full, then read what is new.
+            # Read what is new. Positions are learned, so cached keys cannot slide: when the window
+            # is full, its last half is read again.
             if cached + unread.size(1) > self.config.block_size:
                 cache = [{} for _ in self.h]
                 cached = 0
@@ -314,7 +314,7 @@ def load_checkpoint(path: str) -> tuple[GPT, dict]:
         raise ValueError(f"there is no checkpoint at {path}")
 
     # A torch file is a zip, with a checksum for each of its members, which torch does not look at.
-    # And what is marked as a folder, which nothing in such a file is, torch reads as nothing.
+    # torch also reads a member that is marked as a folder as empty, but never writes such a mark.
     try:
         with zipfile.ZipFile(path) as archive:
             damaged = archive.testzip() or any(item.external_attr for item in archive.infolist())
@@ -336,7 +336,7 @@ def load_checkpoint(path: str) -> tuple[GPT, dict]:
 
 
 GPT2_URL = "https://huggingface.co/openai-community/{}/resolve/main/pytorch_model.bin"
-GPT2_SHA256 = {  # None is known for the others
+GPT2_SHA256 = {  # of the larger sizes none is known: those downloads are not verified
     "gpt2": "7c5d3f4b8b76583b422fcb9189ad6c89d5d97a094541ce8932dce3ecabde1421",
 }
 PRETRAINED = {  # OpenAI's four sizes

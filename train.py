@@ -6,10 +6,11 @@ One run: from a base GPT to an up-scaled, further trained checkpoint.
     python train.py --resume                                 goes on with ckpt.pt after an interrupt
 
 The base is the model before the new blocks: GPT-2 by name, one of your checkpoints, or `scratch`. A
-base from scratch is kept under the data folder, and found again by what shapes it.
+base from scratch is trained first and kept under the data folder, in a file whose name hashes what
+shapes it. A later run finds it there, and goes on with it if its training was cut short.
 
-In order: the settings, the optimizer, one step, the loop, what it was worth, how flags become
-settings and settings models, and the story (main). Shape names: see hml.py.
+In order: the settings, the optimizer, one step, a run in files, the loop, the closing table, how
+flags become settings, models, and the story (main). Shape names: see hml.py.
 """
 
 import argparse
@@ -64,9 +65,9 @@ class Settings(NewBlocks):
     base_tokens: int = flag("training tokens of the base")
     base_lr: float = flag("peak learning rate of the base")
 
-    # How it is trained. The rate rises for `warmup` steps, then falls to a tenth. The number of
-    # parts changes the result by no more than rounding. An entry of a bank is read seldom, so it
-    # has few steps to learn in: banks have a rate of their own [Lample et al. 2019].
+    # How it is trained. The rate rises for `warmup` steps, then falls to a tenth. grad_accum changes
+    # the result by no more than rounding. An entry of a bank is read seldom, so it has few steps
+    # to learn in: banks have a rate of their own [Lample et al. 2019].
     tokens: int = flag("training tokens (for GPT-2 one epoch)", group="training")
     block_size: int = flag("tokens in a sequence")
     batch_size: int = flag("sequences in an optimizer step")
@@ -93,14 +94,16 @@ class Settings(NewBlocks):
         return max(1, self.tokens // (self.batch_size * self.block_size))
 
 
+# What is not given, by the size of the base. Small models were tried; gpt2's values were not, but
+# for n_keys, top_k and d_latent, whose cost was measured.
 # fmt: off
 PRESETS = {
     #              tiny       small      gpt2
-    "n_layer":     (4,         6,         None),
-    "n_head":      (4,         4,         None),
-    "n_embd":      (128,       256,       None),
-    "base_tokens": (1_600_000, 1_200_000, None),
-    "base_lr":     (3e-3,      2e-3,      None),
+    "n_layer":     (4,         6,         12),
+    "n_head":      (4,         4,         12),
+    "n_embd":      (128,       256,       768),
+    "base_tokens": (1_600_000, 1_200_000, 200_000_000),
+    "base_lr":     (3e-3,      2e-3,      6e-4),
     "tokens":      (800_000,   600_000,   None),  # None: one epoch
     "block_size":  (64,        256,       1024),
     "batch_size":  (16,        16,        32),
@@ -175,8 +178,8 @@ def train_step(
     parts = list(zip(inputs.chunk(grad_accum), targets.chunk(grad_accum)))
     mean_loss = torch.zeros((), device=inputs.device)
 
-    # Forward and backward, part by part: gradients add up. Several processes exchange theirs once,
-    # in the last part.
+    # Forward and backward, part by part: gradients add up. Parts are equally large, so the mean of
+    # their means is the batch's. Several processes exchange gradients once, in the last part.
     for number, (x, y) in enumerate(parts, start=1):
         exchanges = number == len(parts) or not hasattr(model, "no_sync")
         with nullcontext() if exchanges else model.no_sync():
@@ -245,9 +248,7 @@ def refuse_existing_files(out: str, overwrite: bool) -> None:
     """Raises ValueError where a new run would write over something, unless that is wanted."""
     for path in (out, log_name(out)):
         if os.path.exists(path) and not overwrite:
-            ways = (
-                "add --resume to go on with it, --overwrite to move it aside, or say another --out"
-            )
+            ways = "--overwrite moves it aside, --resume goes on with it, --out names another file"
             raise ValueError(f"{path} exists; {ways}")
 
 
@@ -260,15 +261,21 @@ def move_old_files_aside(out: str) -> None:
 
 # ---- The loop ------------------------------------------------------------------------------------
 def train(
-    model: GPT, settings: Settings, progress: Progress, data: dict[str, Split], out: str
+    model: GPT,
+    settings: Settings,
+    progress: Progress,
+    data: dict[str, Split],
+    out: str,
+    go_on: str,
 ) -> None:
     """Trains what of model requires gradients, from progress to the end of the run.
 
-    Works in place, and keeps out up to date. Raises KeyboardInterrupt after Ctrl-C or SIGTERM, with
+    Works in place, and keeps out up to date. go_on: the command that goes on after an interrupt.
+    Raises KeyboardInterrupt after Ctrl-C or SIGTERM, with
     everything saved, and FloatingPointError if the loss becomes NaN, with the last good checkpoint
     in place.
     """
-    # A resumed run goes on with the optimizer's averages.
+    # A resumed run goes on with AdamW's running averages; they come with the groups they belong to.
     device = model.wte.weight.device
     optimizer = make_optimizer(model, settings.lr, settings.memory_lr, settings.weight_decay)
     if progress.optimizer is not None:
@@ -281,7 +288,7 @@ def train(
     if settings.compile:
         wrapped = torch.compile(wrapped)
 
-    # How long it is, and what happens when.
+    # How many steps, and what happens when.
     steps = settings.steps()
     tokens_per_step = settings.batch_size * settings.block_size
     warmup = max(1, steps // 20) if settings.warmup is None else settings.warmup
@@ -291,7 +298,7 @@ def train(
     # What it is going to do.
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     text = f"{settings.tokens:,} tokens of {settings.dataset} ({settings.tokenizer})"
-    print(f"training {trained:,} parameters on {device}, {settings.dtype}: {text},")
+    print(f"\ntraining {trained:,} parameters on {device}, {settings.dtype}: {text},")
     print(f"steps {progress.step} to {steps}, {tokens_per_step:,} tokens each, writing {out}")
 
     # A validation while it trains reads 64 windows, not the whole split.
@@ -316,7 +323,7 @@ def train(
             x = x.chunk(common.process_count())[common.process_rank()].to(device)
             y = y.chunk(common.process_count())[common.process_rank()].to(device)
 
-            # Forward, backward, update.
+            # Forward, backward, update. The loss has come from the device, so the time is real.
             loss = train_step(wrapped, optimizer, (x, y), dtype, settings.grad_accum)
             loss = common.mean_over_processes(loss, device)
             progress.step += 1
@@ -338,8 +345,8 @@ def train(
                     f"{nll / count:.3f} on {count:,} tokens  {rate:,.0f} tokens/s"
                 )
 
-            # Now and then, and at the end: everything that a resume needs. A good loss may have
-            # been followed by a bad update, so one window is scored first.
+            # Now and then, and at the end: everything that a resume needs. The loss was measured
+            # before the update, which may have spoilt the weights: one window is scored first.
             stopping = common.true_in_any_process(stop.is_set(), device)
             due = progress.step % save_every == 0 or progress.step == steps
             if common.is_main() and (due or stopping):
@@ -349,18 +356,16 @@ def train(
                 progress.optimizer = optimizer.state_dict()
                 save(out, model, settings, progress)
             if stopping:
-                raise KeyboardInterrupt(
-                    f"interrupted; {out} is saved at step {progress.step} of {steps}; go on with "
-                    "the same command, with --resume if it asks for that"
-                )
+                done = f"{out} is saved at step {progress.step} of {steps}"
+                raise KeyboardInterrupt(f"interrupted; {done}; go on with: {go_on}")
 
 
-# ---- What it was worth ---------------------------------------------------------------------------
+# ---- The closing table ---------------------------------------------------------------------------
 def run_name(settings: Settings) -> str:
     return "base" if settings.upscale == "none" else settings.upscale
 
 
-def note_worth(progress: Progress, label: str, model: GPT, data: dict[str, Split]) -> None:
+def add_row(progress: Progress, label: str, model: GPT, data: dict[str, Split]) -> None:
     """Adds a row to the closing table: sizes, and perplexity on the whole validation split."""
     if not common.is_main():
         return
@@ -375,13 +380,13 @@ def note_worth(progress: Progress, label: str, model: GPT, data: dict[str, Split
 
 
 def print_table(progress: Progress, settings: Settings, valid: Split, device: torch.device) -> None:
-    tokens = len(valid.tokens) - 1
-    print(f"\nperplexity: token-level, validation split, {tokens:,} tokens")
+    print(f"\nperplexity: token-level, validation split, {len(valid.tokens) - 1:,} tokens")
     print(f"{'':20}{'parameters':>14}{'added':>12}{'trained':>14}{'perplexity':>12}")
     for row in progress.rows:
         sizes = f"{row['parameters']:14,}{row['added']:12,}{row['trained']:14,}"
         print(f"{row['label']:20}{sizes}{row['perplexity']:12.4f}")
-    rate = settings.tokens / progress.seconds
+    tokens = settings.steps() * settings.batch_size * settings.block_size
+    rate = tokens / progress.seconds
     memory = common.peak_memory(device) / 2**20
     print(f"training: {rate:,.0f} tokens/s, peak memory {memory:,.0f} MiB")
 
@@ -427,7 +432,7 @@ def find_base(given: dict) -> Base:
 
 
 def pick_preset(base: Base, on_pydocs: bool, given: dict) -> str:
-    """By the base's width. From scratch, a model of GPT-2's size must be asked for."""
+    """The preset for the base's width; tiny or small for a base from scratch."""
     if base.config is None:
         width = given.get("n_embd", 128 if on_pydocs else 256)
         return "tiny" if width <= 128 else "small"
@@ -437,11 +442,10 @@ def pick_preset(base: Base, on_pydocs: bool, given: dict) -> str:
 
 
 def choose_settings(given: dict, base: Base, device: torch.device) -> Settings:
-    """The settings of a new run. What comes later wins: the preset, the base, the flags."""
+    """The settings of a new run. Flags override the base's values, which override the preset's."""
     dataset = given.get("dataset", base.info.get("dataset", "pydocs"))
     on_pydocs = dataset == "pydocs"
     settings = Settings(base=base.name, dataset=dataset)
-
     settings.preset = given.get("preset", pick_preset(base, on_pydocs, given))
     for name, values in PRESETS.items():
         setattr(settings, name, values[PRESET_NAMES.index(settings.preset)])
@@ -461,35 +465,29 @@ def choose_settings(given: dict, base: Base, device: torch.device) -> Settings:
     if base.name == "scratch" and settings.upscale == "none":
         settings.lr = given.get("lr", settings.base_lr)
         settings.tokens = given.get("tokens", settings.base_tokens)
-
-    # What does not concern this run.
-    unused = []
-    if settings.upscale != "midus":
-        unused += MEMORY
-    if base.name != "scratch":
-        unused += OF_SCRATCH
-    for name in unused:
-        setattr(settings, name, None)
     return settings
 
 
-def refuse_useless_flags(given: dict, settings: Settings, base: Base) -> None:
-    """Raises ValueError for a flag that this run has no use for."""
-    # For each: the flags, when they are of use, and what to say if they are not.
-    method = settings.upscale
-    inserts = method != "none"
-    has_memory = method == "midus" or (base.config is not None and "M" in base.config.blocks)
-    rules = (
-        (OF_SCRATCH, base.name == "scratch", f"this run has --base {base.name}, not scratch"),
-        (("base_tokens", "base_lr"), inserts, "only with --upscale; else say --tokens and --lr"),
-        (PLACEMENT, inserts, "only with --upscale; this run inserts no blocks"),
-        (MEMORY, method == "midus", f"only with --upscale midus; {method} has no memory blocks"),
-        (("memory_lr",), has_memory, "there are no memory blocks"),
-    )
-    for names, useful, sentence in rules:
-        useless = [f"--{name}" for name in names if name in given]
-        if useless and not useful:
-            raise ValueError(f"{', '.join(useless)}: {sentence}")
+def drop_useless_settings(settings: Settings, base: Base, given: dict) -> None:
+    """Sets to None what this run has no use for. Raises ValueError if it was given as a flag."""
+    # For each: the settings, and why they are of no use.
+    useless = []
+    if base.name != "scratch":
+        useless.append((OF_SCRATCH, f"this run has --base {base.name}; add --base scratch"))
+    if settings.upscale == "none":
+        useless.append((("base_tokens", "base_lr"), "only with --upscale; say --tokens, --lr"))
+        useless.append((PLACEMENT, "only with --upscale; this run inserts no blocks"))
+    if settings.upscale != "midus":
+        useless.append((MEMORY, "only with --upscale midus"))
+        if base.config is None or "M" not in base.config.blocks:
+            useless.append((("memory_lr",), "there are no memory blocks"))
+
+    for names, why in useless:
+        flags = [f"--{name}" for name in names if name in given]
+        if flags:
+            raise ValueError(f"{', '.join(flags)}: {why}")
+        for name in names:
+            setattr(settings, name, None)
 
 
 def refuse_contradictions(settings: Settings, base: Base) -> None:
@@ -564,13 +562,15 @@ def settings_of_scratch_base(settings: Settings) -> Settings:
     own = dataclasses.replace(settings, upscale="none", train="all")
     own.tokens = settings.base_tokens
     own.lr = settings.base_lr
-    for name in (*PLACEMENT, *MEMORY, "memory_lr", "warmup", "eval_every", "save_every"):
+    for name in (*PLACEMENT, *MEMORY, "memory_lr", "base_tokens", "base_lr"):
+        setattr(own, name, None)
+    for name in ("warmup", "eval_every", "save_every"):  # by its own length
         setattr(own, name, None)
     return own
 
 
 def path_of_scratch_base(settings: Settings, text: Split) -> str:
-    """Where that base is kept: its name holds a hash of all that shapes its weights."""
+    """Where that base is kept. The name hashes the settings and the text that shape its weights."""
     shaping = dataclasses.asdict(settings)
     for name in ("data_dir", "compile", "preset"):
         del shaping[name]
@@ -581,7 +581,7 @@ def path_of_scratch_base(settings: Settings, text: Split) -> str:
 
 # ---- The story -----------------------------------------------------------------------------------
 def get_base(base: Base, settings: Settings, data: dict[str, Split], device: torch.device) -> GPT:
-    """The base by name, from a file, or from scratch; on the device."""
+    """The base, on the device. One from scratch that is to be up-scaled is trained here first."""
     if base.name in PRETRAINED:
         model, _ = common.main_process_first(lambda: open_model(base.name, settings.data_dir))
         return model.to(device)
@@ -602,7 +602,7 @@ def get_base(base: Base, settings: Settings, data: dict[str, Split], device: tor
         progress = progress_on_resume(saved, data["train"], path)
     print(f"base: {path}, step {progress.step} of {settings.steps()}")
     model = model.to(device)
-    train(model, settings, progress, data, path)
+    train(model, settings, progress, data, path, go_on="the same command")
     return model
 
 
@@ -619,7 +619,7 @@ def main() -> None:
         refuse_existing_files(out, arguments.overwrite)
         base = find_base(given)
         settings = choose_settings(given, base, device)
-        refuse_useless_flags(given, settings, base)
+        drop_useless_settings(settings, base, given)
         refuse_contradictions(settings, base)
     refuse_uneven_parts(settings)
 
@@ -647,15 +647,15 @@ def main() -> None:
             torch.manual_seed(settings.seed)
             model = deepen(base_model, settings)
             print(summary(base_model, model))
-            note_worth(progress, "base", base_model, data)
+            add_row(progress, "base", base_model, data)
         set_trainable(model, settings.train)
-        note_worth(progress, f"{run_name(settings)}, start", model, data)
+        add_row(progress, f"{run_name(settings)}, start", model, data)
 
     # 3. Continual pre-training.
-    train(model, settings, progress, data, out)
+    train(model, settings, progress, data, out, go_on=f"python train.py --resume --out {out}")
 
     # 4. What it was worth.
-    note_worth(progress, f"{run_name(settings)}, end", model, data)
+    add_row(progress, f"{run_name(settings)}, end", model, data)
     print_table(progress, settings, data["valid"], device)
     common.leave_processes()
 

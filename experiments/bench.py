@@ -433,7 +433,7 @@ def overhead(b: Bench, quick: bool) -> list[dict]:
             train.save = lambda *args: None  # saving does not count
             try:
                 data = {"train": split, "valid": split}
-                train.train(model, settings, train.Progress(text=""), data, "none.pt")
+                train.train(model, settings, train.Progress(text=""), data, "none.pt", "")
             finally:
                 train.save = saved
 

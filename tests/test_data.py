@@ -198,6 +198,8 @@ def test_batches_depend_on_index_and_seed_alone_and_an_epoch_reads_every_window_
 
 
 def test_a_split_that_is_too_short_is_refused():
-    with pytest.raises(ValueError, match="20 tokens are too few for 1 \\+ 1 sequences of 10"):
+    with pytest.raises(
+        ValueError, match="20 tokens are too few for a batch of 1 sequences of 10, which needs 21"
+    ):
         get_batch(np.zeros(20, dtype=np.uint16), 0, 1, 10, 0)
     get_batch(np.zeros(21, dtype=np.uint16), 0, 1, 10, 0)

@@ -319,7 +319,10 @@ def test_a_bad_update_after_a_good_loss_is_not_saved(here, monkeypatch, capsys):
         (["--train", "new"], "needs inserted blocks"),
         (["--train", "2,9"], "blocks from 1 to 4"),
         (["--base", "none.pt"], "there is no checkpoint at none.pt"),
-        (["--base", "gpt2", "--n_layer", "3"], "--n_layer: this run has --base gpt2, not scratch"),
+        (
+            ["--base", "gpt2", "--n_layer", "3"],
+            "--n_layer: this run has --base gpt2; add --base scratch",
+        ),
         (["--base", "gpt2", "--block_size", "2000"], "more than the base's 1024 positions"),
         (["--base", "gpt2", "--tokenizer", "bytes"], "the base was trained with gpt2"),
         (["--tokenizer", "gpt5"], "tokenizer must be gpt2"),
@@ -386,4 +389,4 @@ def test_overwrite_moves_the_old_file_aside(here, monkeypatch):
 def test_a_text_that_is_too_short_is_refused(here, monkeypatch, capsys):
     (here / "data" / "wiki.train.tokens").write_text("short")
     assert call(monkeypatch, *command(*TINY, "--upscale", "midus")) == 2
-    assert "too few for 4 + 1 sequences of 16" in capsys.readouterr().err
+    assert "too few for a batch of 4 sequences of 16, which needs 81" in capsys.readouterr().err
