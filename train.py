@@ -65,9 +65,9 @@ class Settings(NewBlocks):
     base_tokens: int = flag("training tokens of the base")
     base_lr: float = flag("peak learning rate of the base")
 
-    # How it is trained. The rate rises for `warmup` steps, then falls to a tenth. grad_accum changes
-    # the result by no more than rounding. An entry of a bank is read seldom, so it has few steps
-    # to learn in: banks have a rate of their own [Lample et al. 2019].
+    # How it is trained. The rate rises for `warmup` steps, then falls to a tenth. grad_accum
+    # changes the result by no more than rounding. An entry of a bank is read seldom, so it has few
+    # steps to learn in: banks have a rate of their own [Lample et al. 2019].
     tokens: int = flag("training tokens (for GPT-2 one epoch)", group="training")
     block_size: int = flag("tokens in a sequence")
     batch_size: int = flag("sequences in an optimizer step")

@@ -47,6 +47,20 @@ def test_candidate_pairs_are_the_published_counts():
         assert len(hml.candidate_pairs(k, torch.device("cpu"))[0]) == pairs
 
 
+@pytest.mark.parametrize("n", [3, 64, 256, 257])
+def test_the_search_for_cpus_equals_torch_topk(n):
+    """On both sides of the length up to which numpy sorts.
+
+    Equal places where scores are distinct, else equal scores.
+    """
+    distinct = torch.randn(4, 7, n, generator=torch.Generator().manual_seed(n))
+    for scores in (distinct, (distinct * 2).round(), distinct.transpose(0, 1)):
+        best, places = hml.topk(scores, 3)
+        assert torch.equal(best, scores.topk(3).values)
+        assert torch.equal(scores.gather(-1, places), best)
+    assert torch.equal(hml.topk(distinct, 3)[1], distinct.topk(3).indices)
+
+
 def test_topk_gradients_reach_both_halves():
     row, col = torch.randn(2, 4, 9, dtype=torch.double).requires_grad_().unbind(0)
     assert torch.autograd.gradcheck(lambda r, c: product_key_topk(r, c, 3)[0], (row, col))
