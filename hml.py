@@ -305,7 +305,7 @@ def show_example() -> None:
 # The layer is complete; skip this on a first reading. A second `topk` and a second `pool` take the
 # place of the first: the code above looks the names up at each call. Results are the same, but for
 # ties and rounding. Beside each stands how many times as long a training step of the tiny model
-# takes without it, on one CPU core (`python experiments/bench.py --tables tricks --dtype bfloat16`).
+# takes without it, on one CPU core: `python experiments/bench.py --tables tricks --dtype bfloat16`.
 plain_topk = topk
 plain_pool = pool
 
