@@ -2,16 +2,19 @@
 Text -> tokens -> batches.
 
 Datasets: wikitext103 and wikitext2-raw (raw text), wikitext2 (word-level form, rare words as
-<unk>), all of them downloaded and checked, or taken from your own files; and pydocs, the English
-that ships with every Python: no download. Tokenizers, all through tiktoken: gpt2, gpt2:N (the first
-N of its merges), bytes.
+<unk>), all of them downloaded and checked, or taken from your own files; pydocs, the English that
+ships with every Python: no download; and text, your own train.txt, valid.txt and test.txt.
+Tokenizers, all through tiktoken: gpt2, gpt2:N (the first N of its merges), bytes; and those of
+Llamas, from a file.
 
 What is made under `data_dir` can be deleted at any time. A split has to fit in memory as text,
 once. In order: tokenizers, where the text is, tokens, batches. Shape names: see hml.py.
 """
 
 import ast
+import base64
 import hashlib
+import json
 import os
 import platform
 import re
@@ -38,8 +41,10 @@ SPLITS = ("train", "valid", "test")
 def vocab_size(tokenizer: str) -> int:
     """The number of token ids: gpt2 50257, gpt2:N N + 1, bytes 257; the last is <|endoftext|>.
 
-    Raises ValueError for any other name.
+    Or of a tokenizer in a .json file. Raises ValueError for any other name.
     """
+    if tokenizer.endswith(".json"):
+        return load_tokenizer(tokenizer).n_vocab
     if tokenizer == "bytes":
         return 257
     if tokenizer == "gpt2":
@@ -61,11 +66,32 @@ def check_vocabulary(tokenizer: str, model_vocab_size: int) -> None:
         raise ValueError(f"the model has fewer tokens than its tokenizer: {tokenizer} has {sizes}")
 
 
+def make_encoding(name: str, description: dict) -> tiktoken.Encoding:
+    """A tokenizer from its pattern, its ranks (pieces of bytes, in base 64) and special tokens."""
+    ranks = {base64.b64decode(piece): rank for piece, rank in description["ranks"].items()}
+    special = dict(description["special"])
+    if "<|endoftext|>" not in special:  # what tiktoken calls the end of a text
+        special["<|endoftext|>"] = special.get("<|end_of_text|>", max(ranks.values()))
+    return tiktoken.Encoding(
+        name, pat_str=description["pattern"], mergeable_ranks=ranks, special_tokens=special
+    )
+
+
+def identity_of(tokenizer: str) -> str:
+    """A name says what it is; of a file, its content does."""
+    return file_sha256(tokenizer) if tokenizer.endswith(".json") else tokenizer
+
+
 def load_tokenizer(name: str) -> tiktoken.Encoding:
-    """The tokenizer of that name.
+    """The tokenizer of that name, or in a .json file as experiments/llama.py writes it.
 
     Raises ValueError for an unknown name, OSError if GPT-2's vocabulary cannot be had.
     """
+    if name.endswith(".json"):
+        if not os.path.exists(name):
+            raise ValueError(f"the tokenizer is not at {name}; open its base there once more")
+        with open(name, encoding="utf-8") as file:
+            return make_encoding(name, json.load(file))
     n = vocab_size(name) - 1
     if name == "bytes":
         ranks = {bytes([i]): i for i in range(256)}
@@ -117,7 +143,7 @@ WIKITEXT = {
         sha256="ef7edb566e3e2b2d31b29c1fdb0c89a4cc683597484c3dc2517919c615435a11",
     ),
 }
-DATASETS = (*WIKITEXT, "pydocs")
+DATASETS = (*WIKITEXT, "pydocs", "text")
 
 
 def docstrings(path: str) -> str:
@@ -181,6 +207,13 @@ def find_source(name: str, split: str, data_dir: str) -> tuple[str, str | None]:
             build_pydocs(folder)
         return path, None
 
+    if name == "text":
+        path = os.path.join(data_dir, f"{split}.txt")
+        if not os.path.exists(path):
+            wanted = ", ".join(f"{split}.txt" for split in SPLITS)
+            raise ValueError(f"there is no {path}; --dataset text reads {wanted} in --data_dir")
+        return path, None
+
     if name not in WIKITEXT:
         raise ValueError(f"dataset must be one of {', '.join(DATASETS)}; not {name!r}")
 
@@ -216,13 +249,13 @@ def read_text(path: str, member: str | None) -> str:
 
 
 # ---- Tokens --------------------------------------------------------------------------------------
-# One split, tokenized. tokens: uint16 memory map; words: one end-of-line for each line included;
+# One split, tokenized. tokens: a memory map; words: one end-of-line for each line included;
 # bytes: of the text; identity: a hash of the text and of all that made tokens of it.
 Split = namedtuple("Split", ("tokens", "words", "bytes", "identity"))
 
 
 def encode(text: str, tokenizer: tiktoken.Encoding, desc: str) -> np.ndarray:
-    """Token ids (uint16) of the text, as if encoded in one piece; in parallel, with a bar."""
+    """Token ids (uint32) of the text, as if encoded in one piece; in parallel, with a bar."""
     # The text is cut at single spaces between two other characters: there GPT-2's pattern always
     # starts a new piece.
     gap = re.compile(r"(?<=\S) (?=\S)")
@@ -239,8 +272,13 @@ def encode(text: str, tokenizer: tiktoken.Encoding, desc: str) -> np.ndarray:
     for first in tqdm(range(0, len(pieces), at_once), desc=desc, disable=None):
         batch = pieces[first : first + at_once]
         for piece in tokenizer.encode_ordinary_batch(batch, num_threads=threads):
-            ids.append(np.array(piece, dtype=np.uint16))
+            ids.append(np.array(piece, dtype=np.uint32))
     return np.concatenate(ids)
+
+
+def token_type(tokenizer: str) -> type:
+    """Two bytes hold an id of most vocabularies, but not of Llama 3's."""
+    return np.uint16 if vocab_size(tokenizer) <= 2**16 else np.uint32
 
 
 def count_words(text: str) -> int:
@@ -253,15 +291,17 @@ def load_split(name: str, split: str, tokenizer: str, data_dir: str) -> Split:
     """One split as tokens; they are made once, and kept in data_dir."""
     # The name of the cache holds a hash of all that shapes the tokens, so it is never stale.
     path, member = find_source(name, split, data_dir)
-    everything = repr((file_sha256(path), member, tokenizer, "layout 2"))
+    everything = repr((file_sha256(path), member, identity_of(tokenizer), "layout 2"))
     identity = hashlib.sha256(everything.encode()).hexdigest()[:16]
-    cache = os.path.join(data_dir, f"{name}-{split}-{tokenizer.replace(':', '-')}-{identity}.bin")
+    stem = os.path.basename(tokenizer).replace(":", "-")
+    cache = os.path.join(data_dir, f"{name}-{split}-{stem}-{identity}.bin")
 
-    # The layout: words, bytes and tokens as three uint64, then the tokens as uint16.
+    # The layout: words, bytes and tokens as three uint64, then the tokens.
+    dtype = np.dtype(token_type(tokenizer))
     header_bytes = 24
     if not os.path.exists(cache):
         text = read_text(path, member)
-        tokens = encode(text, load_tokenizer(tokenizer), f"tokenizing {name} {split}")
+        tokens = encode(text, load_tokenizer(tokenizer), f"tokenizing {name} {split}").astype(dtype)
         header = np.array([count_words(text), len(text.encode()), len(tokens)], dtype=np.uint64)
         with written_whole(cache) as temporary, open(temporary, "wb") as file:
             file.write(header)
@@ -273,9 +313,9 @@ def load_split(name: str, split: str, tokenizer: str, data_dir: str) -> Split:
     if room <= 0:
         raise damaged
     words, size, length = np.fromfile(cache, dtype=np.uint64, count=3).tolist()
-    if room != 2 * length:
+    if room != dtype.itemsize * length:
         raise damaged
-    tokens = np.memmap(cache, np.uint16, mode="r", offset=header_bytes)
+    tokens = np.memmap(cache, dtype, mode="r", offset=header_bytes)
     if tokens.max() >= vocab_size(tokenizer):
         raise damaged
     return Split(tokens, words, size, identity)

@@ -14,8 +14,10 @@ positions other than learned ones, other norms.
 """
 
 import os
+import sys
 import zipfile
 from dataclasses import asdict, dataclass
+from types import ModuleType
 
 import torch
 import torch.nn.functional as F
@@ -149,6 +151,17 @@ class TransformerBlock(nn.Module):
         return x
 
 
+def memory_of(config: GPTConfig) -> HeadwiseMemory:
+    return HeadwiseMemory(
+        n_head=config.n_head,
+        head_dim=config.n_embd // config.n_head,
+        n_keys=config.n_keys,
+        top_k=config.top_k,
+        d_latent=config.d_latent,
+        query_norm=config.query_norm,
+    )
+
+
 class MemoryBlock(nn.Module):
     """MIDUS's block, x + HML(heads(LN(x))): no output projection and no MLP. (B, T, C).
 
@@ -160,14 +173,7 @@ class MemoryBlock(nn.Module):
         super().__init__()
         self.ln_1 = nn.LayerNorm(config.n_embd)
         self.attn = AttentionHeads(config)
-        self.memory = HeadwiseMemory(
-            n_head=config.n_head,
-            head_dim=config.n_embd // config.n_head,
-            n_keys=config.n_keys,
-            top_k=config.top_k,
-            d_latent=config.d_latent,
-            query_norm=config.query_norm,
-        )
+        self.memory = memory_of(config)
 
     def forward(self, x: Tensor, cache: dict | None = None) -> Tensor:
         heads = self.attn(self.ln_1(x), cache)  # (B, T, H, d_h)
@@ -190,18 +196,31 @@ class GPT(nn.Module):
         self.wpe = nn.Embedding(config.block_size, config.n_embd)
         self.h = nn.ModuleList(BLOCKS[kind](config) for kind in config.blocks)
         self.ln_f = nn.LayerNorm(config.n_embd)
+        self.draw_weights()
 
+    def draw_weights(self) -> None:
+        """Weights of a model that is trained from scratch. The memory starts as hml.py says."""
         # GPT-2 starts at std 0.02, for its width of 768. Kept in proportion to C^-0.5 [choice],
         # narrow models learn to attend several times sooner. What writes to the residual stream
-        # starts smaller, the more so the more blocks there are. The memory starts as hml.py says.
-        std = 0.02 * (768 / config.n_embd) ** 0.5
+        # starts smaller, the more so the more blocks there are.
+        std = 0.02 * (768 / self.config.n_embd) ** 0.5
         for name, module in self.named_modules():
             if isinstance(module, nn.Linear | nn.Embedding):
                 writes = name.endswith("c_proj")
-                scale = (2 * config.n_layer) ** -0.5 if writes else 1.0
+                scale = (2 * self.config.n_layer) ** -0.5 if writes else 1.0
                 nn.init.normal_(module.weight, std=std * scale)
-            if isinstance(module, nn.Linear):
+            if isinstance(module, nn.Linear) and module.bias is not None:
                 nn.init.zeros_(module.bias)
+
+    def embed(self, tokens: Tensor, start: int) -> Tensor:
+        """tokens (B, T), the first at position start -> what enters the stack, (B, T, C)."""
+        positions = torch.arange(start, start + tokens.size(1), device=tokens.device)  # (T,)
+        return self.wte(tokens) + self.wpe(positions)
+
+    def logits(self, x: Tensor) -> Tensor:
+        """x (B, T, C), what leaves the stack, normalised -> (B, T, vocab)."""
+        # A token's logit is the dot product of its embedding with the stack's output.
+        return F.linear(x, self.wte.weight)
 
     def forward(
         self, tokens: Tensor, targets: Tensor | None = None, cache: list[dict] | None = None
@@ -223,14 +242,15 @@ class GPT(nn.Module):
             longest = self.config.block_size
             raise ValueError(f"a sequence of {end} tokens is longer than the model's {longest}")
 
-        # Up the stack.
-        positions = torch.arange(start, end, device=tokens.device)  # (T,)
-        x = self.wte(tokens) + self.wpe(positions)  # (B, T, C)
+        # Up the stack. A block may compute in another type than the stream's: a frozen base can be
+        # kept in bf16 while its new blocks train in fp32.
+        x = self.embed(tokens, start)  # (B, T, C)
+        stream = x.dtype
         for i, block in enumerate(self.h):
+            x = x.to(block.ln_1.weight.dtype)
             x = block(x, cache[i] if cache is not None else None)  # (B, T, C)
-        # A token's logit is the dot product of its embedding with the stack's output.
-        x = self.ln_f(x)
-        logits = F.linear(x, self.wte.weight)  # (B, T, vocab)
+            x = x.to(stream)
+        logits = self.logits(self.ln_f(x))  # (B, T, vocab)
 
         if targets is None:
             return logits
@@ -299,11 +319,32 @@ def count_parameters(model: GPT, blocks: tuple[int, ...] | None = None) -> dict[
 
 
 # ---- Models in files -----------------------------------------------------------------------------
+def import_llama() -> ModuleType:
+    """experiments/llama.py: the only import from that folder, where a name or file asks for it."""
+    folder = os.path.join(os.path.dirname(os.path.abspath(__file__)), "experiments")
+    if folder not in sys.path:
+        sys.path.append(folder)
+    import llama
+
+    return llama
+
+
+def classes_of(architecture: str) -> tuple[type, type]:
+    """The config and the model of a checkpoint. Raises ValueError for an unknown architecture."""
+    if architecture == "GPT":
+        return GPTConfig, GPT
+    if architecture == "Llama":
+        llama = import_llama()
+        return llama.LlamaConfig, llama.Llama
+    raise ValueError(f"its architecture is {architecture}; known are GPT and Llama")
+
+
 def save_checkpoint(path: str, model: GPT, **info) -> None:
     """Writes config, weights and `info` (plain types and tensors only) to path, whole or not at
     all.
     """
     content = {"config": asdict(model.config), "model": model.state_dict(), **info}
+    content["architecture"] = type(model).__name__
     with written_whole(path) as temporary:
         torch.save(content, temporary)
 
@@ -326,8 +367,9 @@ def load_checkpoint(path: str) -> tuple[GPT, dict]:
     # The model is first made without memory for its weights, however large it says it is.
     try:
         info = torch.load(path, map_location="cpu", weights_only=True)
+        config_class, model_class = classes_of(info.pop("architecture", "GPT"))
         with torch.device("meta"):
-            model = GPT(GPTConfig(**info.pop("config")))
+            model = model_class(config_class(**info.pop("config")))
         model.load_state_dict(info.pop("model"), assign=True)
     except Exception as error:  # whole, but something else: torch and GPT raise many kinds
         reason = one_line(error, 200)
@@ -378,6 +420,7 @@ def load_gpt2(path: str) -> GPT:
 def open_model(name: str, data_dir: str = "data") -> tuple[GPT, dict]:
     """A GPT-2 by name, a .bin file in its layout, or one of our checkpoints; and its info.
 
+    Or a Llama: smollm2, a folder as Hugging Face writes it, a .gguf file (experiments/llama.py).
     GPT-2 is downloaded once, into data_dir. Raises ValueError for what is no model, OSError if the
     download fails.
     """
@@ -389,6 +432,8 @@ def open_model(name: str, data_dir: str = "data") -> tuple[GPT, dict]:
         download([GPT2_URL.format(name)], path, sha256=GPT2_SHA256.get(name), hint=hint)
         return load_gpt2(path), {"tokenizer": "gpt2"}
 
+    if name == "smollm2" or name.endswith(".gguf") or os.path.isdir(name):
+        return import_llama().open_llama(name, data_dir)
     if name.endswith(".bin"):
         return load_gpt2(name), {"tokenizer": "gpt2"}
 

@@ -35,7 +35,8 @@ from model import GPT, PRETRAINED, GPTConfig, load_checkpoint, open_model, save_
 from upscale import MEMORY, METHODS, PLACEMENT, NewBlocks, set_trainable, summary, upscale
 
 # ---- Settings ------------------------------------------------------------------------------------
-PRESET_NAMES = ("tiny", "small", "gpt2")
+DTYPES = ("float32", "bfloat16")
+PRESET_NAMES = ("tiny", "small", "gpt2", "smollm2")
 
 
 @dataclasses.dataclass
@@ -51,12 +52,13 @@ class Settings(NewBlocks):
     upscale: str = flag(
         "how the base becomes deeper", "none", group="what", choices=("none", *METHODS)
     )
-    base: str = flag("scratch (for pydocs), gpt2 (else), gpt2-medium, ..., a checkpoint or .bin")
+    base: str = flag("scratch (for pydocs, text), gpt2 (else), ..., smollm2, or a file or folder")
+    base_dtype: str = flag("of a frozen base's weights", "float32", choices=DTYPES)
     dataset: str = flag("text to train on (default: the base's own, or pydocs)", choices=DATASETS)
     data_dir: str = flag("folder of data and caches (default ./data)", type=os.path.abspath)
-    tokenizer: str = flag("gpt2, gpt2:N, bytes (default: the base's; bytes for pydocs, else gpt2)")
+    tokenizer: str = flag("gpt2, gpt2:N, bytes (default: the base's; from scratch by dataset)")
     train: str = flag("what learns: new (midus, llama-pro), all (else), or blocks from 1: 2,4")
-    preset: str = flag("tiny, small or gpt2 (default: by the base's width)", choices=PRESET_NAMES)
+    preset: str = flag("sizes and rates (default: by the base's width)", choices=PRESET_NAMES)
 
     # The shape of a base from scratch, and its own training before it is up-scaled.
     n_layer: int = flag("transformer blocks", group="a base from scratch")
@@ -86,7 +88,7 @@ class Settings(NewBlocks):
     dtype: str = flag(
         "of autocast (default: bfloat16 where that is fast)",
         group="machine",
-        choices=("float32", "bfloat16"),
+        choices=DTYPES,
     )
     compile: bool = flag("torch.compile the model", False)
 
@@ -95,24 +97,24 @@ class Settings(NewBlocks):
 
 
 # What is not given, by the size of the base. Small models were tried; gpt2's values were not, but
-# for n_keys, top_k and d_latent, whose cost was measured.
+# for n_keys, top_k and d_latent, whose cost was measured. smollm2's are for a CPU: a short run.
 # fmt: off
 PRESETS = {
-    #              tiny       small      gpt2
-    "n_layer":     (4,         6,         12),
-    "n_head":      (4,         4,         12),
-    "n_embd":      (128,       256,       768),
-    "base_tokens": (1_600_000, 1_200_000, 200_000_000),
-    "base_lr":     (3e-3,      2e-3,      6e-4),
-    "tokens":      (800_000,   600_000,   None),  # None: one epoch
-    "block_size":  (64,        256,       1024),
-    "batch_size":  (16,        16,        32),
-    "grad_accum":  (1,         1,         8),
-    "lr":          (2e-3,      1e-3,      2e-4),
-    "memory_lr":   (1e-2,      1e-2,      1e-3),
-    "n_keys":      (32,        64,        128),
-    "top_k":       (8,         8,         16),
-    "d_latent":    (32,        64,        64),
+    #              tiny       small      gpt2         smollm2
+    "n_layer":     (4,         6,         12,          12),
+    "n_head":      (4,         4,         12,          12),
+    "n_embd":      (128,       256,       768,         768),
+    "base_tokens": (1_600_000, 1_200_000, 200_000_000, 200_000_000),
+    "base_lr":     (3e-3,      2e-3,      6e-4,        6e-4),
+    "tokens":      (800_000,   600_000,   None,        60_000),  # None: one epoch
+    "block_size":  (64,        256,       1024,        256),
+    "batch_size":  (16,        16,        32,          4),
+    "grad_accum":  (1,         1,         8,           1),
+    "lr":          (2e-3,      1e-3,      2e-4,        2e-3),
+    "memory_lr":   (1e-2,      1e-2,      1e-3,        5e-2),
+    "n_keys":      (32,        64,        128,         64),
+    "top_k":       (8,         8,         16,          8),
+    "d_latent":    (32,        64,        64,          64),
 }
 # fmt: on
 OF_SCRATCH = ("n_layer", "n_head", "n_embd", "base_tokens", "base_lr")
@@ -421,21 +423,23 @@ class Base:
 
 def find_base(given: dict) -> Base:
     """The base that the flags ask for, read if it is a file. Raises ValueError if it is none."""
-    on_pydocs = given.get("dataset", "pydocs") == "pydocs"
-    name = given.get("base", "scratch" if on_pydocs else "gpt2")
+    at_home = given.get("dataset", "pydocs") in ("pydocs", "text")  # nothing is downloaded
+    name = given.get("base", "scratch" if at_home else "gpt2")
     if name == "scratch":
         return Base(name, config=None, info={}, model=None)
     if name in PRETRAINED:
         return Base(name, config=PRETRAINED[name], info={"tokenizer": "gpt2"}, model=None)
-    model, info = open_model(name)
+    model, info = open_model(name, given.get("data_dir", "data"))
     return Base(name, config=model.config, info=info, model=model)
 
 
-def pick_preset(base: Base, on_pydocs: bool, given: dict) -> str:
+def pick_preset(base: Base, at_home: bool, given: dict) -> str:
     """The preset for the base's width; tiny or small for a base from scratch."""
     if base.config is None:
-        width = given.get("n_embd", 128 if on_pydocs else 256)
+        width = given.get("n_embd", 128 if at_home else 256)
         return "tiny" if width <= 128 else "small"
+    if base.name == "smollm2":
+        return "smollm2"
     if base.config.n_embd <= 128:
         return "tiny"
     return "small" if base.config.n_embd <= 512 else "gpt2"
@@ -444,16 +448,16 @@ def pick_preset(base: Base, on_pydocs: bool, given: dict) -> str:
 def choose_settings(given: dict, base: Base, device: torch.device) -> Settings:
     """The settings of a new run. Flags override the base's values, which override the preset's."""
     dataset = given.get("dataset", base.info.get("dataset", "pydocs"))
-    on_pydocs = dataset == "pydocs"
+    at_home = dataset in ("pydocs", "text")
     settings = Settings(base=base.name, dataset=dataset)
-    settings.preset = given.get("preset", pick_preset(base, on_pydocs, given))
+    settings.preset = given.get("preset", pick_preset(base, at_home, given))
     for name, values in PRESETS.items():
         setattr(settings, name, values[PRESET_NAMES.index(settings.preset)])
 
     # What the base and the machine ask for.
-    if base.config:
+    if base.config and settings.preset != "smollm2":
         settings.block_size = base.config.block_size
-    settings.tokenizer = base.info.get("tokenizer", "bytes" if on_pydocs else "gpt2")
+    settings.tokenizer = base.info.get("tokenizer", "bytes" if at_home else "gpt2")
     settings.data_dir = os.path.abspath(base.info.get("data_dir", "data"))
     settings.dtype = "bfloat16" if common.has_bf16(device) else "float32"
 
@@ -502,9 +506,12 @@ def refuse_contradictions(settings: Settings, base: Base) -> None:
         positions = f"the base's {config.block_size} positions"
         raise ValueError(f"--block_size {settings.block_size} is more than {positions}")
 
+    if settings.base_dtype != "float32" and (settings.upscale == "none" or settings.train != "new"):
+        raise ValueError("--base_dtype: only a frozen base can be kept so (--upscale, --train new)")
+
     # A trial without memory for weights: it refuses all that up-scaling and the blocks refuse.
     with torch.device("meta"):
-        model = GPT(config)
+        model = GPT(config) if base.model is None else type(base.model)(config)
         if settings.upscale != "none":
             model = deepen(model, settings)
         set_trainable(model, settings.train)
@@ -552,9 +559,13 @@ def scratch_config(settings: Settings) -> GPTConfig:
 
 
 def deepen(base: GPT, settings: Settings) -> GPT:
+    """The base with new blocks in it; those are in fp32 even if the base is not."""
     options = {name: getattr(settings, name) for name in PLACEMENT + MEMORY}
     given = {name: value for name, value in options.items() if value is not None}
-    return upscale(base, settings.upscale, **given)
+    model = upscale(base, settings.upscale, **given)
+    for i in model.config.new:
+        model.h[i].float()
+    return model
 
 
 def settings_of_scratch_base(settings: Settings) -> Settings:
@@ -643,7 +654,7 @@ def main() -> None:
 
         # 2. Deeper, and at the start exactly the same (but for solar).
         if settings.upscale != "none":
-            base_model = model.requires_grad_(False)
+            base_model = model.to(getattr(torch, settings.base_dtype)).requires_grad_(False)
             torch.manual_seed(settings.seed)
             model = deepen(base_model, settings)
             print(summary(base_model, model))

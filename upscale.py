@@ -137,11 +137,12 @@ def assemble(base: GPT, sources: list[int], new: list[int], kind: str = "T", **m
     config = dataclasses.replace(
         base.config, n_layer=len(sources), blocks="".join(kinds), new=tuple(new), **memory
     )
-    model = GPT(config)  # drawn on the CPU, so that a seed gives the same weights everywhere
+    model = type(base)(config)  # drawn on the CPU, so that a seed gives the same weights everywhere
 
     # What is not a block is as it was; every block starts from its source.
-    for name in ("wte", "wpe", "ln_f"):
-        getattr(model, name).load_state_dict(getattr(base, name).state_dict())
+    weights = base.state_dict()
+    outside = {name: weights[name] for name in weights if not name.startswith("h.")}
+    model.load_state_dict(outside, strict=False)
     for i, source in enumerate(sources):
         # A memory block takes LN and Q, K, V from its source, and has no place for the rest. That
         # its source is the block before it is a [choice].
@@ -153,8 +154,8 @@ def assemble(base: GPT, sources: list[int], new: list[int], kind: str = "T", **m
 def silence(block: nn.Module) -> None:
     """Zeroes both output projections of a transformer block: it passes its input on unchanged."""
     for projection in (block.attn.c_proj, block.mlp.c_proj):
-        nn.init.zeros_(projection.weight)
-        nn.init.zeros_(projection.bias)  # GPT-2 has biases: the weight alone would not do
+        for parameter in projection.parameters():  # GPT-2 has biases: the weight would not do
+            nn.init.zeros_(parameter)
 
 
 # ---- The methods ---------------------------------------------------------------------------------

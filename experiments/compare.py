@@ -586,7 +586,7 @@ def make_configs(args: argparse.Namespace, base: GPT) -> list[dict]:
             trial = {"lesa": "average", "opt-deus": "average"}.get(
                 method, method
             )  # these two compute with weights
-            set_trainable(*build(GPT(base.config), trial, options, args.n_new, own))
+            set_trainable(*build(type(base)(base.config), trial, options, args.n_new, own))
         if method == "lesa":
             baselines.check_triples(base)
         values = (
