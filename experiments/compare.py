@@ -1,11 +1,12 @@
-"""
+r"""
 Which way to deepen a model is worth most? Every method on one base, with the same batches in the
 same order.
 
-    python experiments/compare.py --base base.pt --methods none,llama-pro,midus --seeds 3 --tokens
-    6e5 python experiments/compare.py --base base.pt --methods "midus,midus:n_keys=64,one-w,pkm"
-    --seeds 1 --lrs 2e-3 python experiments/compare.py --base base.pt --methods none,llama-pro,midus
-    --seeds 1 --train all
+    python experiments/compare.py --base base.pt --methods none,llama-pro,midus --seeds 3
+    python experiments/compare.py --base base.pt --methods midus:n_keys=64,one-w,pkm --lrs 2e-3
+    python experiments/compare.py --base base.pt --methods none,llama-pro,midus --train all
+    python experiments/compare.py --base smollm2 --dataset wikitext2 --data_dir new \
+        --old_dataset text --old_data_dir novels --methods none,llama-pro,midus --n_new 5
 
 A method is `none`, one of upscale.py (midus, llama-pro, solar), of baselines.py (stack, stack-top,
 average, opt-deus, lesa), or of ablations.py (residual, proj-copied, pkm, ...); after a colon
@@ -43,7 +44,6 @@ import baselines
 from ablations import VARIANTS, stacked
 from analyze import need_matplotlib
 from bench import Bench
-
 from common import has_bf16, new_file, pick_device, real_number, run_command, whole_number
 from data import DATASETS, check_vocabulary, get_batch, load_dataset
 from eval import count_usage, perplexity, sum_nll, usage
@@ -215,6 +215,7 @@ def run(job: dict) -> dict:
         "trained": sum(p.numel() for p in model.parameters() if p.requires_grad),
     }
     result["start"] = perplexity(*sum_nll(model, some))
+    old = old_text(config, info["tokenizer"], job.get("old_data_dir"))
 
     def batch_of(step: int) -> list:
         return [
@@ -245,6 +246,7 @@ def run(job: dict) -> dict:
         "seconds": 0.0,
         "valid": None,
         "test_perplexity": None,
+        "old_perplexity": None,
     }  # as they stay if it diverges
     try:
         result["memory_mib"] = Bench(device, torch.float32, threads, 1).peak(loop)
@@ -253,6 +255,8 @@ def run(job: dict) -> dict:
         result["valid"] = valid if math.isfinite(valid) else None
         if config["test"]:
             result["test_perplexity"] = perplexity(*sum_nll(model, data["test"].tokens))
+        if old is not None:
+            result["old_perplexity"] = perplexity(*sum_nll(model, old))
     except FloatingPointError:
         pass
     edges = [i * steps // 20 for i in range(21)] if steps >= 20 else range(steps + 1)
@@ -261,6 +265,14 @@ def run(job: dict) -> dict:
     ]
     versions = {"threads": threads, "python": sys.version.split()[0], "torch": torch.__version__}
     return {**config, **result, "looks": looks, **versions}
+
+
+def old_text(config: dict, tokenizer: str, data_dir: str) -> np.ndarray | None:
+    """Text of the base's own kind, valid_tokens of its validation split: what may be forgotten."""
+    if config.get("old_dataset") is None:
+        return None
+    split = load_dataset(config["old_dataset"], tokenizer, data_dir, ("valid",))["valid"]
+    return split.tokens[: config["valid_tokens"] + 1]
 
 
 def is_new(name: str, new: tuple) -> bool:
@@ -316,7 +328,7 @@ def run_all(configs: list[dict], args: argparse.Namespace, done: list[dict]) -> 
     todo = [c for c in configs if not find(c, done)]
     if not todo:
         return
-    shared = {name: getattr(args, name) for name in ("base", "data_dir", "device")}
+    shared = {name: getattr(args, name) for name in ("base", "data_dir", "old_data_dir", "device")}
     threads = max(1, (os.cpu_count() or 1) // args.jobs)
     jobs = [{"config": c, "threads": threads, "show": args.jobs == 1, **shared} for c in todo]
     failed = None
@@ -401,8 +413,17 @@ def summarise(runs: list[dict]) -> dict:
         "runs": len(runs)
     }
     ended = [r for r in runs if r["valid"]]
-    for figure in ("start", "valid", "test_perplexity", "rate", "memory_mib", "seconds"):
-        values = [r[figure] for r in ended if r[figure] is not None]
+    figures = (
+        "start",
+        "valid",
+        "test_perplexity",
+        "old_perplexity",
+        "rate",
+        "memory_mib",
+        "seconds",
+    )
+    for figure in figures:
+        values = [r[figure] for r in ended if r.get(figure) is not None]
         row[figure] = statistics.mean(values) if values else math.nan
         row[f"{figure}_spread"] = (max(values) - min(values)) / 2 if values else math.nan
     return row | {"diverged": len(runs) - len(ended)}
@@ -416,9 +437,9 @@ def print_rows(rows: list[dict], base: dict) -> None:
     split = "test_perplexity" if "test_perplexity" in base else "valid"
     print(
         "| method | trained | lr | added M | trained M | start (validation) | validation | test "
-        "| tokens/s | MiB | gained per M |"
+        "| old text | tokens/s | MiB | gained per M |"
     )
-    print("| --- " * 11 + "|")
+    print("| --- " * 12 + "|")
     for r in rows:
         cells = [
             r["name"],
@@ -428,7 +449,7 @@ def print_rows(rows: list[dict], base: dict) -> None:
             f"{r['trained'] / 1e6:.2f}",
         ]
         cells.append(f"{r['start']:.2f}")
-        for figure in ("valid", "test_perplexity"):
+        for figure in ("valid", "test_perplexity", "old_perplexity"):
             cells.append(
                 f"{r[figure]:.2f}" + (f" ± {r[f'{figure}_spread']:.2f}" if r["runs"] > 1 else "")
             )
@@ -538,6 +559,8 @@ def parse_arguments() -> argparse.Namespace:
         default=100_000,
         help="of the validation split (default 1e5)",
     )
+    parser.add_argument("--old_dataset", choices=DATASETS, help="what the base knows: is it kept?")
+    parser.add_argument("--old_data_dir", help="folder of that text (default: --data_dir)")
     parser.add_argument("--dataset", choices=DATASETS, help="(default: the base's own)")
     parser.add_argument("--data_dir", help="folder of the data (default: the base's own)")
     parser.add_argument("--device", help="cpu, cuda or mps (default: the best there is)")
@@ -574,6 +597,7 @@ def make_configs(args: argparse.Namespace, base: GPT) -> list[dict]:
             "batch_size",
             "grad_accum",
             "valid_tokens",
+            "old_dataset",
         ),
     )
     common = {"base": identity(base), "dataset": args.dataset, "device": device.type}
@@ -610,11 +634,12 @@ def open_base(args: argparse.Namespace) -> tuple[GPT, str]:
     if args.dataset is None:
         raise ValueError(f"{args.base} does not say what it was trained on; give --dataset")
     args.data_dir = os.path.abspath(args.data_dir or info.get("data_dir", "data"))
+    args.old_data_dir = os.path.abspath(args.old_data_dir or args.data_dir)
     args.n_new = args.n_new or max(1, base.config.n_layer // 2)
     return base, info["tokenizer"]
 
 
-def measure_base(base: GPT, data: dict, args: argparse.Namespace) -> dict:
+def measure_base(base: GPT, tokenizer: str, data: dict, args: argparse.Namespace) -> dict:
     """The base's own perplexities, printed: what every method is measured by."""
     valid = data["valid"].tokens[: args.valid_tokens + 1]
     figures = {"valid": perplexity(*sum_nll(base, valid))}
@@ -625,6 +650,9 @@ def measure_base(base: GPT, data: dict, args: argparse.Namespace) -> dict:
         if len(data["train"].tokens) < 2e7:  # larger ones would take gigabytes
             trigram = trigram_perplexity(data["train"].tokens, data["test"].tokens)
             line += f"; a trigram model, test {trigram:.2f}"
+    old = old_text(vars(args), tokenizer, args.old_data_dir)
+    if old is not None:
+        line += f"; old text {perplexity(*sum_nll(base, old)):.2f}"
     print(f"\ntoken-level perplexity; base {args.base}: {line}\n")
     return figures
 
@@ -668,7 +696,7 @@ def main() -> None:
     for c in configs:
         runs = [find(f, done) for f in finals if f["name"] == c["name"]]
         rows += [summarise(runs)] if runs else []
-    figures = measure_base(base.to(device), data, args)
+    figures = measure_base(base.to(device), tokenizer, data, args)
     print_rows(rows, figures)
     if args.plot:
         plot(rows, figures, args.plot)

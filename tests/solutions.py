@@ -1,9 +1,9 @@
 """One solution of each exercise in experiments/exercises.py."""
 
 import torch
-from ablations import shared_bank
 from torch import Tensor, nn
 
+from ablations import shared_bank
 from hml import HeadwiseMemory
 from model import GPT
 from upscale import assemble, interleave, place

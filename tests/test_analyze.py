@@ -3,15 +3,15 @@
 import importlib.util
 import math
 
-import analyze
 import numpy as np
 import pytest
 import torch
-from conftest import call
-from test_model import CONFIG, wake
 from torch import nn
 
+import analyze
+from conftest import call
 from model import GPT, GPTConfig, save_checkpoint
+from test_model import CONFIG, wake
 
 TOKENS = np.random.default_rng(0).integers(0, 50, 12 * 20 + 5).astype(np.uint16)
 

@@ -6,11 +6,11 @@ import math
 import numpy as np
 import pytest
 import torch
+
 from conftest import call
 from conventions import detokenize, evaluate, load_pieces
-from test_eval import Bigram
-
 from model import GPT, GPTConfig, save_checkpoint
+from test_eval import Bigram
 
 
 @pytest.mark.parametrize(

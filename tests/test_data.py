@@ -8,14 +8,14 @@ import zipfile
 
 import numpy as np
 import pytest
-import test_common
 import tiktoken
 import torch
-from conftest import ROOT
-from test_common import server  # noqa: F401 (a fixture)
 
 import data
+import test_common
+from conftest import ROOT
 from data import encode, get_batch, load_dataset, load_tokenizer, vocab_size
+from test_common import server  # noqa: F401 (a fixture)
 
 
 def test_wikitext_from_a_zip(server, tmp_path, monkeypatch):
@@ -42,9 +42,8 @@ def test_wikitext_from_a_zip(server, tmp_path, monkeypatch):
 
 def test_gpt2_by_name(server, tmp_path, monkeypatch):
     """The whole way of GPT-2's weights, with a small file in their layout."""
-    from test_model import openai_layout
-
     import model
+    from test_model import openai_layout
 
     torch.manual_seed(0)
     original = model.GPT(model.GPTConfig(1, 1, 64, block_size=4, vocab_size=10))

@@ -6,12 +6,12 @@ import math
 import numpy as np
 import pytest
 import torch
-from conftest import call
-from test_model import CONFIG, wake
 
+from conftest import call
 from data import Split
 from eval import count_usage, evaluate, sum_nll, usage
 from model import GPT, GPTConfig, save_checkpoint
+from test_model import CONFIG, wake
 
 
 class Bigram(torch.nn.Module):

@@ -6,11 +6,11 @@ The same checks for the reader's attempt (skipped until it is begun) and for one
 import copy
 import functools
 
-import exercises
 import pytest
-import solutions
 import torch
 
+import exercises
+import solutions
 from hml import HeadwiseMemory
 from model import GPT, GPTConfig
 from upscale import upscale

@@ -7,15 +7,15 @@ import json
 import subprocess
 import sys
 
+import numpy as np
+import pytest
+import torch
+
 import ablations
 import baselines
 import bench
 import compare
-import numpy as np
-import pytest
-import torch
 from conftest import call
-
 from model import GPT, GPTConfig, save_checkpoint
 
 MEMORY = {"n_keys": 8, "top_k": 4, "d_latent": 8}

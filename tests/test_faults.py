@@ -18,16 +18,16 @@ import time
 import numpy as np
 import pytest
 import torch
-from conftest import call
-from test_model import refused_or_the_same
-from test_train import MIDUS, TINY, command, here, same_weights  # noqa: F401 (here is a fixture)
 
 import common
 import data
 import train
 from common import download
+from conftest import call
 from data import load_dataset
 from model import GPT, GPTConfig, load_checkpoint, save_checkpoint
+from test_model import refused_or_the_same
+from test_train import MIDUS, TINY, command, here, same_weights  # noqa: F401 (here is a fixture)
 
 SMALL = GPTConfig(3, 2, 8, 8, 20, "TMT", n_keys=4, top_k=2, d_latent=3, new=(1,))
 

@@ -12,12 +12,12 @@ import sys
 import numpy as np
 import pytest
 import torch
-from conftest import call
-from test_model import wake
 
+from conftest import call
 from data import load_tokenizer
 from eval import sum_nll
 from model import GPT, GPTConfig, save_checkpoint
+from test_model import wake
 
 pytest.importorskip("lm_eval")
 transformers = pytest.importorskip("transformers")

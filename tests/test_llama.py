@@ -4,11 +4,11 @@ import copy
 import json
 import os
 
-import llama
 import pytest
 import torch
-from conftest import call
 
+import llama
+from conftest import call
 from data import load_dataset, load_tokenizer, make_encoding, token_type
 from model import load_checkpoint, open_model
 from upscale import identity_gap, set_trainable, upscale

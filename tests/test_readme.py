@@ -10,14 +10,14 @@ import shlex
 import subprocess
 import sys
 
+import pytest
+
 import bench
 import compare
-import pytest
-from conftest import call
-
 import data
 import model
 import train
+from conftest import call
 
 PAGES = ("README.md", "experiments/questions.md", "experiments/speed.md", "experiments/inside.md")
 

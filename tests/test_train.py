@@ -9,9 +9,9 @@ import sys
 
 import pytest
 import torch
-from conftest import call
 
 import train
+from conftest import call
 from data import load_dataset
 from eval import sum_nll
 from model import GPT, GPTConfig, load_checkpoint, save_checkpoint
@@ -198,9 +198,8 @@ def test_two_processes_train_like_one(here, monkeypatch, root):
 
 def test_a_base_by_name_is_read_and_up_scaled(here, monkeypatch):
     """--base gpt2, with a small file in its layout where the download would be kept."""
-    from test_model import openai_layout
-
     import model
+    from test_model import openai_layout
 
     small = GPT(GPTConfig(2, 1, 64, block_size=1024, vocab_size=257))
     torch.save(openai_layout(small, False), "data/gpt2.bin")

@@ -5,9 +5,9 @@ import doctest
 
 import pytest
 import torch
-from conftest import call
 
 import upscale as module
+from conftest import call
 from model import GPT, GPTConfig, MemoryBlock, load_checkpoint, save_checkpoint
 from upscale import METHODS, identity_gap, overlap, place, set_trainable, summary, upscale
 
