@@ -55,6 +55,8 @@ def has_bf16(device: torch.device) -> bool:
     return False
 
 
+# On a CPU the whole process is measured: Python, libraries, caches and all. Compare such figures on
+# one machine only.
 def peak_memory(device: torch.device) -> int:
     """Bytes: the most that tensors took on a GPU, elsewhere the most that the process took."""
     if device.type == "cuda":
@@ -129,6 +131,8 @@ def leave_processes() -> None:
 
 
 # ---- Files ---------------------------------------------------------------------------------------
+# Whatever is written appears under its name only when it is complete: a reader, a second run, or a
+# resume after a crash finds the old file or the new one, never half of one.
 def temporary_name(path: str) -> str:
     """A name beside path that no other process uses. A killed process may leave such a file."""
     return f"{path}.{uuid.uuid4().hex[:8]}.tmp"
@@ -201,6 +205,7 @@ def download(
     A file that is there already and has the right size and sha256 is kept. Raises OSError with all
     that was tried and `hint`, a sentence that says what the user can do instead.
     """
+    # What is there already is not fetched again, unless it is damaged.
     reasons = []
     if os.path.exists(path):
         try:
@@ -209,6 +214,7 @@ def download(
         except OSError as error:
             reasons.append(f"the file that is there: {error}")
 
+    # One address after the other, until one delivers.
     os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
     temporary = temporary_name(path)
     for url in urls:
@@ -229,6 +235,7 @@ def download(
 # ---- The command line ----------------------------------------------------------------------------
 def whole_number(text: str, least: int = 1) -> int:
     """A whole number from least to 2^63 - 1, which may be written as 2e6."""
+    # float() reads 2e6 and inf; int() reads large numbers exactly.
     refusal = argparse.ArgumentTypeError(f"{text} is not a whole number of at least {least}")
     try:
         value = int(text) if text.isdecimal() else float(text)
@@ -294,6 +301,7 @@ def flag(help: str, default: object = None, group: str | None = None, **options)
 
 def add_flags(parser: argparse.ArgumentParser, settings_class: type) -> None:
     """A flag for each field of the dataclass. One that is not given leaves no trace."""
+    # The annotation of a field says how its text is read, unless its options do.
     readers = {int: whole_number, float: real_number, list: whole_numbers}
     group = parser
     for field in dataclasses.fields(settings_class):
@@ -309,6 +317,9 @@ def add_flags(parser: argparse.ArgumentParser, settings_class: type) -> None:
 
 
 # ---- How a command ends --------------------------------------------------------------------------
+# ValueError is bad input: the user can mend it, and status 2 says so. OSError, FloatingPointError
+# and MemoryError are faults of disk, network, numbers or the machine: status 1. What is left is a
+# bug, and deserves its traceback.
 @contextmanager
 def stop_signal() -> Iterator[threading.Event]:
     """Yields an event that Ctrl-C or SIGTERM sets, so that the step at hand can end.

@@ -157,6 +157,7 @@ def docstrings(path: str) -> str:
     except (SyntaxError, ValueError):  # some files are templates, or broken on purpose
         return ""
 
+    # Modules, classes and functions, nested ones too.
     kinds = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
     nodes = [node for node in ast.walk(tree) if isinstance(node, kinds)]
     nodes.sort(key=lambda node: getattr(node, "lineno", 0))
@@ -207,6 +208,7 @@ def find_source(name: str, split: str, data_dir: str) -> tuple[str, str | None]:
             build_pydocs(folder)
         return path, None
 
+    # Your own text, whatever it is.
     if name == "text":
         path = os.path.join(data_dir, f"{split}.txt")
         if not os.path.exists(path):
@@ -236,6 +238,7 @@ def find_source(name: str, split: str, data_dir: str) -> tuple[str, str | None]:
 
 def read_text(path: str, member: str | None) -> str:
     """The text at a place that find_source() names. Raises ValueError if there is none."""
+    # Plain files and members of a zip read alike. Windows' line ends become ours.
     try:
         with open(path, "rb") if member is None else zipfile.ZipFile(path).open(member) as file:
             content = file.read()
@@ -347,6 +350,7 @@ def get_batch(
     epoch reads every window once, in random order, each epoch at another offset. Raises ValueError
     if a batch does not fit.
     """
+    # The text is cut into windows, which overlap in one token: a target is the next input.
     windows = (len(tokens) - 1) // block_size - 1  # one less than fit: room for the offset
     if windows < batch_size:
         needed = (batch_size + 1) * block_size + 1

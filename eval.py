@@ -92,6 +92,7 @@ def sum_nll(
     return total, len(tokens) - 1
 
 
+# A model that has gone wrong may be less likely right than any float can say.
 def perplexity(nll: float, count: int) -> float:
     """exp(nll / count), or infinity where no float is large enough."""
     return math.inf if nll / count > 700 else math.exp(nll / count)
@@ -109,6 +110,7 @@ def count_usage(model: GPT) -> Iterator[dict[int, dict[str, Tensor]]]:
     n_slots = model.config.n_keys**2
     counts = {}
 
+    # A hook after the search of every memory block sees weights and slots as they are used.
     def watch(block: int) -> torch.utils.hooks.RemovableHandle:
         zero = torch.zeros(n_head, n_slots, dtype=torch.float64)
         counts[block] = {"top1": zero.clone(), "topk": zero.clone(), "weight": zero.clone()}
@@ -174,6 +176,7 @@ def evaluate(model: GPT, split: Split, stride: int | None = None) -> dict:
 
 
 def print_report(report: dict) -> None:
+    # Each figure, and beside it what it was divided by.
     tokens = f"exp(NLL / {report['tokens']:,} tokens)"
     words = f"exp(NLL / {report['words']:,} words)"
     size = f"NLL / ln 2 / {report['bytes']:,} bytes"
@@ -227,6 +230,7 @@ def report_split(model: GPT, info: dict, args: argparse.Namespace) -> None:
 def print_sample(model: GPT, tokenizer_name: str, args: argparse.Namespace) -> None:
     """Continues args.prompt, or nothing but an end of text if that is empty."""
     tokenizer = load_tokenizer(tokenizer_name)
+    # Without a prompt, a text begins where another one ends.
     prompt = tokenizer.encode_ordinary(args.prompt) or [tokenizer.eot_token]
     tokens = torch.tensor([prompt], device=model.wte.weight.device)  # (1, T)
     torch.manual_seed(args.seed)

@@ -394,8 +394,9 @@ def load_gpt2(path: str) -> GPT:
 
     The prefix `transformer.`, an lm_head (tied to wte) and attention masks do not matter.
     """
+    # What files of others hold besides, and what they store the other way round.
     ignored = ("lm_head.weight", ".attn.bias", ".attn.masked_bias")
-    transposed = ("c_attn.weight", "c_proj.weight", "c_fc.weight")  # stored as (in, out)
+    transposed = ("c_attn.weight", "c_proj.weight", "c_fc.weight")
     try:
         # Names and layouts become ours.
         state = {}

@@ -303,8 +303,9 @@ def train(
     print(f"\ntraining {trained:,} parameters on {device}, {settings.dtype}: {text},")
     print(f"steps {progress.step} to {steps}, {tokens_per_step:,} tokens each, writing {out}")
 
-    # A validation while it trains reads 64 windows, not the whole split.
-    sample = data["valid"].tokens[: 64 * settings.block_size + 1]
+    # A validation while it trains reads some windows, not the whole split.
+    windows = max(1, min(64, 8192 // settings.block_size))
+    sample = data["valid"].tokens[: windows * settings.block_size + 1]
     reported_step = progress.step
     reported_seconds = progress.seconds
     dtype = getattr(torch, settings.dtype)
@@ -371,6 +372,7 @@ def add_row(progress: Progress, label: str, model: GPT, data: dict[str, Split]) 
     """Adds a row to the closing table: sizes, and perplexity on the whole validation split."""
     if not common.is_main():
         return
+    # All of the split, so that rows can be compared to the last digit.
     nll, count = sum_nll(model, data["valid"].tokens, desc=f"validating {label}")
     new = [p for i in model.config.new for p in model.h[i].parameters()]
     trained = [p for p in model.parameters() if p.requires_grad]
@@ -406,6 +408,7 @@ def parse_arguments() -> tuple[argparse.Namespace, dict]:
     add("--overwrite", action="store_true", help="move an old --out to OUT.old, and start anew")
     arguments = parser.parse_args()
 
+    # Which settings were given matters: the others may still be chosen, or come from a checkpoint.
     names = {field.name for field in dataclasses.fields(Settings)}
     given = {name: value for name, value in vars(arguments).items() if name in names}
     return arguments, given
@@ -435,6 +438,7 @@ def find_base(given: dict) -> Base:
 
 def pick_preset(base: Base, at_home: bool, given: dict) -> str:
     """The preset for the base's width; tiny or small for a base from scratch."""
+    # Small text goes with a small model.
     if base.config is None:
         width = given.get("n_embd", 128 if at_home else 256)
         return "tiny" if width <= 128 else "small"
@@ -529,6 +533,7 @@ def settings_on_resume(saved: dict, given: dict, out: str) -> Settings:
     """The settings that the run in out was begun with. Only the machine's may be others now."""
     if "step" not in saved:
         raise ValueError(f"{out} was not written by train.py; name it as --base to train it")
+    # A flag may repeat what the checkpoint says; it may not say something else.
     settings = Settings(**saved["settings"])
     for name, value in given.items():
         begun_with = getattr(settings, name)
@@ -540,6 +545,7 @@ def settings_on_resume(saved: dict, given: dict, out: str) -> Settings:
 
 def print_settings(settings: Settings) -> None:
     """A line per group of flags, without those that this run has no use for."""
+    # The first field of a group names it.
     groups = {}
     for field in dataclasses.fields(settings):
         if field.metadata["group"]:
@@ -570,6 +576,7 @@ def deepen(base: GPT, settings: Settings) -> GPT:
 
 def settings_of_scratch_base(settings: Settings) -> Settings:
     """The run that trains the base of this one: the same, but nothing is inserted."""
+    # What shapes the deeper model must not be in the hash of its base.
     own = dataclasses.replace(settings, upscale="none", train="all")
     own.tokens = settings.base_tokens
     own.lr = settings.base_lr

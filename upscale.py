@@ -181,6 +181,7 @@ def overlap(n_layer: int, n_new: int) -> tuple[list[int], list[int]]:
     m1 + m2 = n_layer - n_new, as equal as can be. The second copy's overlapping blocks count as the
     new ones. Returns sources and new, as interleave() does.
     """
+    # Of six blocks and two new ones: 1 2 3 4 and 3 4 5 6.
     m1 = (n_layer - n_new) // 2
     m2 = n_layer - n_new - m1
     first = list(range(n_layer - m1))
@@ -212,6 +213,7 @@ def upscale(
     n_keys, top_k, d_latent, query_norm of midus's memory blocks. Raises ValueError, one sentence,
     for a placement or a memory that cannot be.
     """
+    # What does not go together.
     if method not in METHODS:
         raise ValueError(f"method must be one of {', '.join(METHODS)}; not {method!r}")
     if method != "midus" and memory:
@@ -225,6 +227,7 @@ def upscale(
             )
         return solar(base, n_new)
 
+    # MIDUS puts a block inside each group of blocks, LLaMA Pro at its end.
     in_the_middle = method == "midus"
     positions = place(base.config.n_layer, in_the_middle, every, positions, n_new)
     if method == "midus":
