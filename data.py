@@ -69,9 +69,9 @@ def check_vocabulary(tokenizer: str, model_vocab_size: int) -> None:
 def make_encoding(name: str, description: dict) -> tiktoken.Encoding:
     """A tokenizer from its pattern, its ranks (pieces of bytes, in base 64) and special tokens."""
     ranks = {base64.b64decode(piece): rank for piece, rank in description["ranks"].items()}
+    # tiktoken asks for the end of a text by GPT-2's name for it.
     special = dict(description["special"])
-    if "<|endoftext|>" not in special:  # what tiktoken calls the end of a text
-        special["<|endoftext|>"] = special.get("<|end_of_text|>", max(ranks.values()))
+    special.setdefault("<|endoftext|>", description["end"])
     return tiktoken.Encoding(
         name, pat_str=description["pattern"], mergeable_ranks=ranks, special_tokens=special
     )
@@ -89,7 +89,8 @@ def load_tokenizer(name: str) -> tiktoken.Encoding:
     """
     if name.endswith(".json"):
         if not os.path.exists(name):
-            raise ValueError(f"the tokenizer is not at {name}; open its base there once more")
+            hint = "open its base once with --data_dir set to that folder"
+            raise ValueError(f"the tokenizer is not at {name}; {hint}")
         with open(name, encoding="utf-8") as file:
             return make_encoding(name, json.load(file))
     n = vocab_size(name) - 1

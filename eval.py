@@ -242,7 +242,7 @@ def print_sample(model: GPT, tokenizer_name: str, args: argparse.Namespace) -> N
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="What a checkpoint is worth; or samples of it.")
     parser.add_argument(
-        "checkpoint", help="a checkpoint, a GPT-2 .bin file, or gpt2, gpt2-medium, ..."
+        "checkpoint", help="a checkpoint, a file or folder of weights, gpt2, ..., smollm2"
     )
 
     # What is evaluated.

