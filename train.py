@@ -273,9 +273,8 @@ def train(
     """Trains what of model requires gradients, from progress to the end of the run.
 
     Works in place, and keeps out up to date. go_on: the command that goes on after an interrupt.
-    Raises KeyboardInterrupt after Ctrl-C or SIGTERM, with
-    everything saved, and FloatingPointError if the loss becomes NaN, with the last good checkpoint
-    in place.
+    Raises KeyboardInterrupt after Ctrl-C or SIGTERM, with everything saved, and FloatingPointError
+    if the loss becomes NaN, with the last good checkpoint in place.
     """
     # A resumed run goes on with AdamW's running averages; they come with the groups they belong to.
     device = model.wte.weight.device
@@ -534,8 +533,11 @@ def refuse_uneven_parts(settings: Settings) -> None:
 
 def settings_on_resume(saved: dict, given: dict, out: str) -> Settings:
     """The settings that the run in out was begun with. Only the machine's may be others now."""
-    if "step" not in saved:
-        raise ValueError(f"{out} was not written by train.py; name it as --base to train it")
+    names = {field.name for field in dataclasses.fields(Settings)}
+    if "step" not in saved or names != set(saved.get("settings", ())):
+        way = "name it as --base to train it"
+        raise ValueError(f"{out} was not written by this version of train.py; {way}")
+
     # A flag may repeat what the checkpoint says; it may not say something else.
     settings = Settings(**saved["settings"])
     for name, value in given.items():
@@ -580,7 +582,7 @@ def deepen(base: GPT, settings: Settings) -> GPT:
 def settings_of_scratch_base(settings: Settings) -> Settings:
     """The run that trains the base of this one: the same, but nothing is inserted."""
     # What shapes the deeper model must not be in the hash of its base.
-    own = dataclasses.replace(settings, upscale="none", train="all")
+    own = dataclasses.replace(settings, upscale="none", train="all", base_dtype="float32")
     own.tokens = settings.base_tokens
     own.lr = settings.base_lr
     for name in (*PLACEMENT, *MEMORY, "memory_lr", "base_tokens", "base_lr"):

@@ -359,7 +359,7 @@ def test_resume_refuses_what_contradicts_the_checkpoint(here, monkeypatch, capsy
     assert call(monkeypatch, "train.py", "--resume", "--n_layer", "2") == 0  # says the same: fine
     save_checkpoint("plain.pt", make())
     assert call(monkeypatch, "train.py", "--resume", "--out", "plain.pt") == 2
-    assert "was not written by train.py" in capsys.readouterr().err
+    assert "was not written by this version of train.py" in capsys.readouterr().err
     flags = (
         "--grad_accum",
         "2",
