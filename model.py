@@ -3,6 +3,7 @@ GPT-2, with two kinds of blocks: transformer blocks (T) and memory blocks (M).
 
     block T:  x = x + Attn(LN1(x));  x = x + MLP(LN2(x))    Attn ends in the projection c_proj
     block M:  x = x + HML(heads(LN1(x)))                    heads: the same without c_proj (hml.py)
+       or B:  x = x + HML(x + Attn(LN1(x)))                 with query="block", see MemoryBlock
 
 A config's `blocks` string says what stands where: "TMTTMT" is T M T T M T from bottom to top.
 Parameters carry GPT-2's names (wte, wpe, h.N.attn.c_attn, ...), so that published weights map by
@@ -43,6 +44,7 @@ class GPTConfig:
     top_k: int = 16
     d_latent: int = 64
     query_norm: bool = False
+    query: str = "heads"  # or "block": what the memory is asked with, see MemoryBlock
 
     new: tuple[int, ...] = ()  # indices, from 0, of the blocks that up-scaling inserted
 
@@ -62,6 +64,8 @@ class GPTConfig:
         if len(self.blocks) != self.n_layer or set(self.blocks) - set("TM"):
             wanted = f"{self.n_layer} letters T or M (one per layer)"
             raise ValueError(f"blocks must be {wanted}, not {self.blocks!r}")
+        if self.query not in ("heads", "block"):
+            raise ValueError(f"query must be heads or block, not {self.query!r}")
         if not all(0 <= i < self.n_layer for i in self.new):
             last = self.n_layer - 1
             raise ValueError(f"new must list block indices from 0 to {last}, not {self.new}")
@@ -163,21 +167,27 @@ def memory_of(config: GPTConfig) -> HeadwiseMemory:
 
 
 class MemoryBlock(nn.Module):
-    """MIDUS's block, x + HML(heads(LN(x))): no output projection and no MLP. (B, T, C).
+    """MIDUS's block: attention, then the memory, and no MLP. (B, T, C).
 
-    Attention reaches the sum only through the memory; a way around it would weaken what retrieval
-    has to learn [report].
+    Accounts of the paper can be read in two ways. A, query="heads": head h's output, without output
+    projection, is its query. B, query="block": x + Attn(LN(x)), projection and all, is cut in one
+    slice per head, so that a query knows the token itself. In both, attention reaches the sum only
+    through the memory; a way around it would weaken what retrieval has to learn [report]. So both
+    start as the base.
     """
 
     def __init__(self, config: GPTConfig):
         super().__init__()
         self.ln_1 = nn.LayerNorm(config.n_embd)
-        self.attn = AttentionHeads(config)
+        self.attn = AttentionHeads(config) if config.query == "heads" else Attention(config)
         self.memory = memory_of(config)
+        self.query = config.query
 
     def forward(self, x: Tensor, cache: dict | None = None) -> Tensor:
-        heads = self.attn(self.ln_1(x), cache)  # (B, T, H, d_h)
-        return x + self.memory(heads)
+        query = self.attn(self.ln_1(x), cache)  # A: (B, T, H, d_h); B: (B, T, C)
+        if self.query == "block":
+            query = (x + query).unflatten(-1, (self.memory.n_head, -1))  # (B, T, H, d_h)
+        return x + self.memory(query)
 
 
 # ---- The model -----------------------------------------------------------------------------------

@@ -25,7 +25,7 @@ from model import GPT, count_parameters, open_model, save_checkpoint
 
 METHODS = ("midus", "llama-pro", "solar")
 PLACEMENT = ("every", "positions", "n_new")
-MEMORY = ("n_keys", "top_k", "d_latent", "query_norm")
+MEMORY = ("n_keys", "top_k", "d_latent", "query_norm", "query")
 
 
 @dataclasses.dataclass
@@ -39,6 +39,7 @@ class NewBlocks:
     top_k: int = flag("slots read per token and head")
     d_latent: int = flag("width of an entry of the bank")
     query_norm: bool = flag("normalise queries (not in the paper)")
+    query: str = flag("heads (default) or block: see MemoryBlock", choices=("heads", "block"))
 
 
 # ---- Where the new blocks go ---------------------------------------------------------------------
@@ -144,8 +145,8 @@ def assemble(base: GPT, sources: list[int], new: list[int], kind: str = "T", **m
     outside = {name: weights[name] for name in weights if not name.startswith("h.")}
     model.load_state_dict(outside, strict=False)
     for i, source in enumerate(sources):
-        # A memory block takes LN and Q, K, V from its source, and has no place for the rest. That
-        # its source is the block before it is a [choice].
+        # A memory block takes LN and Q, K, V (and W_O, with query="block") from its source, and has
+        # no place for the rest. That its source is the block before it is a [choice].
         is_copy = kinds[i] == "T"
         model.h[i].load_state_dict(base.h[source].state_dict(), strict=is_copy)
     return model.to(base.wte.weight)
@@ -210,8 +211,8 @@ def upscale(
     """A deeper copy of base, on its device; base is left untouched.
 
     method: one of METHODS. Placement: see place(); solar has one seam and takes n_new only. memory:
-    n_keys, top_k, d_latent, query_norm of midus's memory blocks. Raises ValueError, one sentence,
-    for a placement or a memory that cannot be.
+    n_keys, top_k, d_latent, query_norm, query of midus's memory blocks. Raises ValueError, one
+    sentence, for a placement or a memory that cannot be.
     """
     # What does not go together.
     if method not in METHODS:

@@ -37,7 +37,7 @@ from torch import Tensor, nn
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 import common
 from data import make_encoding
-from model import GPT, GPTConfig, memory_of
+from model import GPT, GPTConfig, MemoryBlock, memory_of
 
 
 @dataclass
@@ -166,18 +166,15 @@ class LlamaBlock(nn.Module):
         return x
 
 
-class LlamaMemoryBlock(nn.Module):
-    """x + HML(heads(norm(x))), as MemoryBlock in model.py. (B, T, C)."""
+class LlamaMemoryBlock(MemoryBlock):
+    """MemoryBlock of model.py with Llama's parts; what it does with them is the same."""
 
     def __init__(self, config: LlamaConfig):
-        super().__init__()
+        nn.Module.__init__(self)
         self.ln_1 = nn.RMSNorm(config.n_embd, config.norm_eps)
-        self.attn = LlamaHeads(config)
+        self.attn = LlamaHeads(config) if config.query == "heads" else LlamaAttention(config)
         self.memory = memory_of(config)
-
-    def forward(self, x: Tensor, cache: dict | None = None) -> Tensor:
-        heads = self.attn(self.ln_1(x), cache)  # (B, T, H, d_h)
-        return x + self.memory(heads)
+        self.query = config.query
 
 
 class Llama(GPT):

@@ -98,9 +98,11 @@ def test_generation_with_the_cache_is_theirs_token_for_token(both):
 
 
 # ---- Deeper --------------------------------------------------------------------------------------
-@pytest.mark.parametrize("method", ["midus", "llama-pro", "solar"])
-def test_identity_is_bitwise_in_fp32_and_bf16(base, method):
-    options = SMALL if method == "midus" else {}
+@pytest.mark.parametrize(
+    "method, query", [("midus", "heads"), ("midus", "block"), ("llama-pro", None), ("solar", None)]
+)
+def test_identity_is_bitwise_in_fp32_and_bf16(base, method, query):
+    options = {**SMALL, "query": query} if method == "midus" else {}
     tokens = torch.randint(0, 60, (4, 30))
     deeper = upscale(base, method, n_new=2, **options)
     same = method != "solar"

@@ -106,6 +106,7 @@ def test_parameter_counts_against_the_formula():
         ({"blocks": "TMTTMX"}, "blocks must be 6 letters"),
         ({"n_embd": 0}, "n_embd must be at least 1"),
         ({"new": (6,)}, "indices from 0 to 5"),
+        ({"query": "tokens"}, "query must be heads or block"),
         ({"top_k": 7}, "top_k must lie between"),
         ({"n_embd": 6}, "head width must be even"),
     ],

@@ -49,6 +49,25 @@ def test_identity_is_bitwise_in_fp32_and_bf16(base, method, placement):
     assert all(torch.equal(before[name], tensor) for name, tensor in base.state_dict().items())
 
 
+@pytest.mark.parametrize("query_norm", [False, True])
+def test_both_readings_of_the_block(base, query_norm):
+    """B asks with x + attention, projection and all, and starts as the base too."""
+    tokens = torch.randint(0, 50, (4, 12))
+    deeper = upscale(base, "midus", positions=[2], query="block", query_norm=query_norm, **SMALL)
+    with torch.no_grad():
+        for dtype in (torch.float32, torch.bfloat16):
+            assert identity_gap(base, deeper, tokens, dtype) == 0
+    block, source = deeper.h[2], base.h[1]
+    assert torch.equal(block.attn.c_proj.weight, source.attn.c_proj.weight)
+    torch.nn.init.normal_(block.memory.hive.bank)
+    x = torch.randn(2, 7, 16)
+    a = x + source.attn(source.ln_1(x))
+    torch.testing.assert_close(block(x), x + block.memory(a.view(2, 7, 2, 8)))
+    prompt = torch.randint(0, 50, (1, 3))
+    longer = deeper.generate(prompt, 5, temperature=0)
+    assert longer[0, 7] == deeper(longer[:, :7])[0, -1].argmax()  # with the cache and without
+
+
 def test_solar_is_no_identity_and_follows_its_recipe(base):
     deeper = upscale(base, "solar", n_new=2)
     assert identity_gap(base, deeper, torch.randint(0, 50, (4, 12)), torch.float32) > 0
