@@ -345,6 +345,21 @@ def test_the_other_commands_take_it(here, monkeypatch, capsys):
     assert "exists" in capsys.readouterr().err
 
 
+def test_the_harness_takes_it(here):
+    pytest.importorskip("lm_eval")
+    import harness
+
+    model, info = open_model("base", "data")
+    adapter = harness.Adapter(model.eval(), info["tokenizer"], batch_size=2)
+    tokens = adapter.tok_encode("the answer is")
+    pairs = [(("", ""), tokens[:3], tokens[3:]), (("", ""), tokens[:1], tokens[1:4])]
+    with torch.no_grad():
+        (first, _), _ = adapter._loglikelihood_tokens(pairs, disable_tqdm=True)
+        logp = model(torch.tensor([tokens[:-1]]))[0, 2:].log_softmax(-1)
+    wanted = logp.gather(1, torch.tensor(tokens[3:])[:, None]).sum().item()
+    assert first == pytest.approx(wanted, abs=1e-4)
+
+
 def test_a_frozen_base_alone_may_be_kept_in_bf16(here, monkeypatch, capsys):
     for more in (["--upscale", "none"], ["--upscale", "midus", "--train", "all"]):
         flags = ["--base", "base", "--dataset", "text", "--data_dir", "mine", *more]
