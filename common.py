@@ -274,6 +274,7 @@ def new_file(*endings: str) -> Callable[[str], str]:
     """
 
     def read(text: str) -> str:
+        # The folder must be there, and nothing that is no file may have the name.
         folder = os.path.dirname(text) or "."
         writable = os.path.isdir(folder) and os.access(folder, os.W_OK)
         other_kind = os.path.exists(text) and not os.path.isfile(text)
@@ -336,6 +337,7 @@ def stop_signal() -> Iterator[threading.Event]:
             raise KeyboardInterrupt
         stop.set()
 
+    # What was in place before comes back at the end.
     old_int = signal.signal(signal.SIGINT, handler)
     old_term = signal.signal(signal.SIGTERM, handler)
     try:

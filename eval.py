@@ -144,6 +144,7 @@ def usage(counts: dict[str, Tensor]) -> dict[str, float]:
     top1, topk: share of slots that were ever best, or read. kl: of the summed weights z to uniform,
     log N + sum z log z, in nats; 0 if all slots are used alike, log N if one slot takes all.
     """
+    # Of every head on its own; heads that read other slots are not mixed.
     weight = counts["weight"]
     z = weight / weight.sum(dim=1, keepdim=True)  # (H, N)
     negative_entropy = torch.special.xlogy(z, z).sum(dim=1)  # (H,)
@@ -157,6 +158,7 @@ def usage(counts: dict[str, Tensor]) -> dict[str, float]:
 # ---- The report ----------------------------------------------------------------------------------
 def evaluate(model: GPT, split: Split, stride: int | None = None) -> dict:
     """All figures of one split: perplexities, tokens per second, use of each memory block."""
+    # One pass gives everything.
     start = time.perf_counter()
     with count_usage(model) as counts:
         nll, tokens = sum_nll(model, split.tokens, stride)

@@ -278,6 +278,7 @@ def show_example() -> None:
     memory = HeadwiseMemory(n_head=1, head_dim=4, n_keys=3, top_k=2, d_latent=2)
     print("with an empty bank    ", memory(heads).flatten())
 
+    # Keys, entries and W as in the docstring.
     row_keys = torch.tensor([[0.0, 1], [1, 2], [1, -1]])
     col_keys = torch.tensor([[2.0, 0], [0, 1], [1, -1]])
     memory.product_keys.keys[:] = torch.stack((row_keys, col_keys))[:, None]  # (2, H, n, d_h/2)
@@ -285,6 +286,7 @@ def show_example() -> None:
     memory.hive.bank[5] = torch.tensor([0.0, 4])
     memory.hive.proj[0] = torch.tensor([[1.0, 0, 2, 1], [0, 1, 0, -1]])
 
+    # The search, and beside it all nine sums that it does not need.
     row_scores = row_keys @ query[:2]  # (n,)
     col_scores = col_keys @ query[2:]  # (n,)
     for name, scores in (("row", row_scores), ("col", col_scores)):
@@ -295,6 +297,7 @@ def show_example() -> None:
     print("best scores and slots ", *product_key_topk(row_scores, col_scores, 2))
     print("of all nine sums      ", (row_scores[:, None] + col_scores).flatten())
 
+    # What is read, and what becomes of it.
     weights, slots = memory.read(heads)
     print("weights and entries   ", weights.flatten(), *memory.hive.bank[slots.flatten()])
     print("latent z              ", pool(weights, slots, memory.hive.bank).flatten())
@@ -330,6 +333,7 @@ def pool(weights: Tensor, slots: Tensor, bank: Tensor) -> Tensor:
     if device_type == "mps":  # embedding_bag is unreliable there
         return plain_pool(weights, slots, bank)
 
+    # A bag is a read: the k entries of one token and head, summed as they are fetched.
     flat_weights = weights.flatten(0, 2)  # (R, k) with R = B * T * H reads
     flat_slots = slots.flatten(0, 2)  # (R, k)
     if device_type == "cpu" and not torch.compiler.is_compiling():

@@ -435,6 +435,7 @@ def open_model(name: str, data_dir: str = "data") -> tuple[GPT, dict]:
     GPT-2 is downloaded once, into data_dir. Raises ValueError for what is no model, OSError if the
     download fails.
     """
+    # By name.
     if name in PRETRAINED:
         path = os.path.join(data_dir, f"{name}.bin")
         hint = (
@@ -443,11 +444,13 @@ def open_model(name: str, data_dir: str = "data") -> tuple[GPT, dict]:
         download([GPT2_URL.format(name)], path, sha256=GPT2_SHA256.get(name), hint=hint)
         return load_gpt2(path), {"tokenizer": "gpt2"}
 
+    # By what kind of file or folder it is.
     if name == "smollm2" or name.endswith(".gguf") or os.path.isdir(name):
         return import_llama().open_llama(name, data_dir)
     if name.endswith(".bin"):
         return load_gpt2(name), {"tokenizer": "gpt2"}
 
+    # A checkpoint of ours. What reads text must know how it was cut into tokens.
     model, info = load_checkpoint(name)
     if "tokenizer" not in info:
         raise ValueError(

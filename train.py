@@ -389,6 +389,7 @@ def print_table(progress: Progress, settings: Settings, valid: Split, device: to
     for row in progress.rows:
         sizes = f"{row['parameters']:14,}{row['added']:12,}{row['trained']:14,}"
         print(f"{row['label']:20}{sizes}{row['perplexity']:12.4f}")
+    # Speed counts training alone, memory everything that this process has done.
     tokens = settings.steps() * settings.batch_size * settings.block_size
     rate = tokens / progress.seconds
     memory = common.peak_memory(device) / 2**20
@@ -428,6 +429,7 @@ def find_base(given: dict) -> Base:
     """The base that the flags ask for, read if it is a file. Raises ValueError if it is none."""
     at_home = given.get("dataset", "pydocs") in ("pydocs", "text")  # nothing is downloaded
     name = given.get("base", "scratch" if at_home else "gpt2")
+    # Nothing is downloaded or trained yet: what can be refused comes first.
     if name == "scratch":
         return Base(name, config=None, info={}, model=None)
     if name in PRETRAINED:
