@@ -2,7 +2,7 @@
 What a memory block costs: against a copied block, against other memory layers, in a whole model,
 and as it grows.
 
-    python experiments/bench.py                         all tables (about half an hour on a CPU)
+    python experiments/bench.py                         all tables (about 12 minutes on a CPU)
     python experiments/bench.py --tables blocks,layers --threads 2 --dtype bfloat16
     python experiments/bench.py --quick --json out.json
 

@@ -20,7 +20,7 @@ if (SHARED / "tiktoken_cache").is_dir():
 
 def pytest_addoption(parser):
     parser.addoption(
-        "--long", action="store_true", help="more tries of every fault, and a soak (about an hour)"
+        "--long", action="store_true", help="more tries of every fault, and a soak (some minutes)"
     )
 
 
