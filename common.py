@@ -318,9 +318,6 @@ def add_flags(parser: argparse.ArgumentParser, settings_class: type) -> None:
 
 
 # ---- How a command ends --------------------------------------------------------------------------
-# ValueError is bad input: the user can mend it, and status 2 says so. OSError, FloatingPointError
-# and MemoryError are faults of disk, network, numbers or the machine: status 1. What is left is a
-# bug, and deserves its traceback.
 @contextmanager
 def stop_signal() -> Iterator[threading.Event]:
     """Yields an event that Ctrl-C or SIGTERM sets, so that the step at hand can end.
@@ -362,6 +359,9 @@ def is_bug(error: BaseException) -> bool:
     return not compiler_failed
 
 
+# ValueError is bad input: the user can mend it, and status 2 says so. OSError, FloatingPointError
+# and MemoryError are faults of disk, network, numbers or the machine: status 1. What is left is a
+# bug, and deserves its traceback.
 def run_command(main: Callable[[], None]) -> None:
     """Runs a script: bad input ends it with one sentence and status 2, a fault 1, Ctrl-C 130."""
     try:

@@ -69,6 +69,7 @@ def check_vocabulary(tokenizer: str, model_vocab_size: int) -> None:
 def make_encoding(name: str, description: dict) -> tiktoken.Encoding:
     """A tokenizer from its pattern, its ranks (pieces of bytes, in base 64) and special tokens."""
     ranks = {base64.b64decode(piece): rank for piece, rank in description["ranks"].items()}
+
     # tiktoken asks for the end of a text by GPT-2's name for it.
     special = dict(description["special"])
     special.setdefault("<|endoftext|>", description["end"])
@@ -93,6 +94,8 @@ def load_tokenizer(name: str) -> tiktoken.Encoding:
             raise ValueError(f"the tokenizer is not at {name}; {hint}")
         with open(name, encoding="utf-8") as file:
             return make_encoding(name, json.load(file))
+
+    # Of the names, only GPT-2's need its vocabulary, which tiktoken downloads once.
     n = vocab_size(name) - 1
     if name == "bytes":
         ranks = {bytes([i]): i for i in range(256)}
@@ -103,6 +106,7 @@ def load_tokenizer(name: str) -> tiktoken.Encoding:
         except Exception as error:  # whatever the network raises
             hint = "set TIKTOKEN_CACHE_DIR to a folder that holds it, or use --tokenizer bytes"
             raise OSError(f"tiktoken could not get GPT-2's vocabulary; {hint} ({error})") from error
+
         # gpt2:N keeps the merges of rank below N. A merge only builds on earlier ones, so any N
         # from 256 (the single bytes) up is a valid vocabulary. A small one keeps a small model from
         # being nearly all output layer.
@@ -260,8 +264,8 @@ Split = namedtuple("Split", ("tokens", "words", "bytes", "identity"))
 
 def encode(text: str, tokenizer: tiktoken.Encoding, desc: str) -> np.ndarray:
     """Token ids (uint32) of the text, as if encoded in one piece; in parallel, with a bar."""
-    # The text is cut at single spaces between two other characters: there GPT-2's pattern always
-    # starts a new piece.
+    # The text is cut at single spaces between two other characters: there every pattern that is
+    # used here starts a new piece.
     gap = re.compile(r"(?<=\S) (?=\S)")
     cuts = [0]
     while cut := gap.search(text, cuts[-1] + 2**18):

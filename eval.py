@@ -71,6 +71,7 @@ def sum_nll(
     last_start = max(0, len(tokens) - 1 - block_size)
     starts = [*range(0, last_start, stride), last_start]
     at_once = at_once or windows_at_once(model)
+
     # A batch of windows at a time; nothing is dropped, nothing counts twice.
     total = 0.0
     scored = 0  # targets so far
@@ -92,9 +93,8 @@ def sum_nll(
     return total, len(tokens) - 1
 
 
-# A model that has gone wrong may be less likely right than any float can say.
 def perplexity(nll: float, count: int) -> float:
-    """exp(nll / count), or infinity where no float is large enough."""
+    """exp(nll / count), or infinity where no float is large enough: a model gone wrong."""
     return math.inf if nll / count > 700 else math.exp(nll / count)
 
 
@@ -232,6 +232,7 @@ def report_split(model: GPT, info: dict, args: argparse.Namespace) -> None:
 def print_sample(model: GPT, tokenizer_name: str, args: argparse.Namespace) -> None:
     """Continues args.prompt, or nothing but an end of text if that is empty."""
     tokenizer = load_tokenizer(tokenizer_name)
+
     # Without a prompt, a text begins where another one ends.
     prompt = tokenizer.encode_ordinary(args.prompt) or [tokenizer.eot_token]
     tokens = torch.tensor([prompt], device=model.wte.weight.device)  # (1, T)

@@ -72,6 +72,21 @@ class GPTConfig:
 
 
 # ---- Blocks --------------------------------------------------------------------------------------
+def extend_cache(cache: dict | None, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    """Keys and values of all tokens so far; the cache, if there is one, keeps them for the next.
+
+    k, v (B, H, T, d_h), of the new tokens. What was read before is not computed again.
+    """
+    if cache is None:
+        return k, v
+    if cache:
+        k = torch.cat((cache["k"], k), dim=2)  # (B, H, T so far, d_h)
+        v = torch.cat((cache["v"], v), dim=2)
+    cache["k"] = k
+    cache["v"] = v
+    return k, v
+
+
 # Attention comes in two forms: with its heads apart, for a memory block, and joined by c_proj, for
 # a transformer block. Both have the same c_attn, so that one can be copied to the other.
 class AttentionHeads(nn.Module):
@@ -91,13 +106,7 @@ class AttentionHeads(nn.Module):
         qkv = self.c_attn(x).unflatten(-1, (3, self.n_head, -1))  # (B, T, 3, H, d_h)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B, H, T, d_h)
 
-        # What was read before is not computed again: its keys and values are kept.
-        if cache is not None:
-            if cache:
-                k = torch.cat((cache["k"], k), dim=2)  # (B, H, T so far, d_h)
-                v = torch.cat((cache["v"], v), dim=2)
-            cache["k"] = k
-            cache["v"] = v
+        k, v = extend_cache(cache, k, v)  # both (B, H, T so far, d_h)
 
         # Once a cache is begun, one token comes at a time and may look at all before it: no mask.
         causal = q.size(2) > 1
@@ -156,6 +165,7 @@ class TransformerBlock(nn.Module):
 
 
 def memory_of(config: GPTConfig) -> HeadwiseMemory:
+    """The memory layer of an M block, with the sizes that the config says."""
     return HeadwiseMemory(
         n_head=config.n_head,
         head_dim=config.n_embd // config.n_head,
@@ -274,10 +284,10 @@ class GPT(nn.Module):
         temperature: float = 1.0,
         top_k: int | None = None,
     ) -> Tensor:
-        """Continues tokens (B, T >= 1) by max_new_tokens; returns both. temperature 0: the
-        likeliest.
+        """Continues tokens (B, T >= 1) by max_new_tokens; returns both.
 
-        Keys and values are cached, as long as the window of block_size tokens is not full.
+        temperature 0 takes the likeliest token; else one of the top_k likeliest is drawn. Keys and
+        values are cached, as long as the window of block_size tokens is not full.
         """
         cache = [{} for _ in self.h]
         cached = 0  # tokens in the cache
@@ -350,9 +360,7 @@ def classes_of(architecture: str) -> tuple[type, type]:
 
 
 def save_checkpoint(path: str, model: GPT, **info) -> None:
-    """Writes config, weights and `info` (plain types and tensors only) to path, whole or not at
-    all.
-    """
+    """Writes config, weights and `info` (plain types and tensors only), whole or not at all."""
     content = {"config": asdict(model.config), "model": model.state_dict(), **info}
     content["architecture"] = type(model).__name__
     with written_whole(path) as temporary:

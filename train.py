@@ -372,6 +372,7 @@ def add_row(progress: Progress, label: str, model: GPT, data: dict[str, Split]) 
     """Adds a row to the closing table: sizes, and perplexity on the whole validation split."""
     if not common.is_main():
         return
+
     # All of the split, so that rows can be compared to the last digit.
     nll, count = sum_nll(model, data["valid"].tokens, desc=f"validating {label}")
     new = [p for i in model.config.new for p in model.h[i].parameters()]

@@ -37,7 +37,7 @@ from torch import Tensor, nn
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 import common
 from data import make_encoding
-from model import GPT, GPTConfig, MemoryBlock, memory_of
+from model import GPT, GPTConfig, MemoryBlock, TransformerBlock, extend_cache, memory_of
 
 
 @dataclass
@@ -110,12 +110,7 @@ class LlamaHeads(nn.Module):
         start = cache["k"].size(2) if cache else 0
         q = rotate(q, start, self.config)
         k = rotate(k, start, self.config)
-        if cache is not None:
-            if cache:
-                k = torch.cat((cache["k"], k), dim=2)  # (B, K, T so far, d_h)
-                v = torch.cat((cache["v"], v), dim=2)
-            cache["k"] = k
-            cache["v"] = v
+        k, v = extend_cache(cache, k, v)  # both (B, K, T so far, d_h)
 
         # Query heads h * H/K to (h + 1) * H/K - 1 share head h of keys and values.
         k = k.repeat_interleave(H // K, dim=1)  # (B, H, T, d_h)
@@ -150,20 +145,15 @@ class LlamaMLP(nn.Module):
         return self.c_proj(hidden)
 
 
-class LlamaBlock(nn.Module):
-    """x + attention, then x + MLP, each on a normalised input. (B, T, C)."""
+class LlamaBlock(TransformerBlock):
+    """TransformerBlock of model.py with Llama's parts; what it does with them is the same."""
 
     def __init__(self, config: LlamaConfig):
-        super().__init__()
+        nn.Module.__init__(self)  # not TransformerBlock's, which would make GPT-2's parts
         self.ln_1 = nn.RMSNorm(config.n_embd, config.norm_eps)
         self.attn = LlamaAttention(config)
         self.ln_2 = nn.RMSNorm(config.n_embd, config.norm_eps)
         self.mlp = LlamaMLP(config)
-
-    def forward(self, x: Tensor, cache: dict | None = None) -> Tensor:
-        x = x + self.attn(self.ln_1(x), cache)
-        x = x + self.mlp(self.ln_2(x))
-        return x
 
 
 class LlamaMemoryBlock(MemoryBlock):
