@@ -1,28 +1,28 @@
-r"""
+"""
 Which way to deepen a model is worth most? Every method on one base, with the same batches in the
-same order.
+same order. Measured on the new text, which it learns, and on the old text, which it may forget.
 
-    python experiments/compare.py --base base.pt --methods none,llama-pro,midus --seeds 3
-    python experiments/compare.py --base base.pt --methods midus:n_keys=64,one-w,pkm --lrs 2e-3
-    python experiments/compare.py --base base.pt --methods none,llama-pro,midus --train all
-    python experiments/compare.py --base smollm2 --dataset wikitext2 --data_dir new \
-        --old_dataset text --old_data_dir novels --methods none,llama-pro,midus --n_new 5
+    python experiments/compare.py --base base.pt --dataset wikitext2 --data_dir wikitext-2 \\
+        --old_dataset text --old_data_dir novels --methods none llama-pro midus --seeds 3
 
 A method is `none`, one of upscale.py (midus, llama-pro, solar), of baselines.py (stack, stack-top,
-average, opt-deus, lesa), or of ablations.py (residual, proj-copied, pkm, ...); after a colon
-options of its own, joined by commas in a shell's quotes and told apart by `=`:
-midus:n_keys=64,top_k=16,positions=1,3,memory_lr=3e-2,tokens=1e6 (or n_new=2). `none` inserts
-nothing and trains the blocks that llama-pro would have copied. solar, stack and lesa were published
-with every block trained: see --train all.
+average, opt-deus, lesa), or of ablations.py (pkm, ladder, ...). Its options follow after colons:
+midus:query=block:n_keys=64:positions=1,3. `none` inserts nothing and trains the blocks that
+llama-pro would have copied. solar, stack and lesa were published with every block trained: see
+--train.
 
-The learning rate of each method is chosen among --lrs on seed 0 by the validation split; figures
-are of the seeds from 1 on, whose test split is read once, at the end. A run that is in the results
-file (same base, text, configuration and seed) is not run again; what the code does is not part of
-that, so after changing some, delete its lines. Runs go --jobs at a time, each in a process with its
-share of the threads. Shape names: see hml.py.
+Rates are chosen for each method on seed 0 by the validation split of the new text, in runs of
+--rate_tokens: first --lrs, with the bank's rate in the middle of --memory_lrs, then --memory_lrs
+with the best lr. The figures are of seeds 1, 2, ... and of the test splits, which nothing else
+reads. Every run is measured at five points on its way, so that a curve of new against old can be
+drawn.
+
+Finished runs are lines of the file --results; a run that is there is not made again. What the code
+does is not part of a run's name: after changing some, delete its lines. Shape names: see hml.py.
 """
 
 import argparse
+import dataclasses
 import hashlib
 import json
 import math
@@ -31,26 +31,31 @@ import os
 import statistics
 import sys
 import time
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import asdict
 
-import numpy as np
 import torch
+from torch import Tensor
 from tqdm import tqdm
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 import baselines
-from ablations import VARIANTS, stacked
+import common
+from ablations import VARIANTS
 from analyze import need_matplotlib
-from bench import Bench
-from common import has_bf16, new_file, pick_device, real_number, run_command, whole_number
-from data import DATASETS, check_vocabulary, get_batch, load_dataset
-from eval import count_usage, perplexity, sum_nll, usage
+from common import real_number, whole_number, whole_numbers
+from data import DATASETS, check_vocabulary, get_batch, load_dataset, load_tokenizer
+from eval import count_usage, usage
+from facts import read_questions, recall
 from model import GPT, open_model
 from train import make_optimizer, schedule, train_step
 from upscale import place, set_trainable, upscale
 
+EVAL_SEED = 0  # of which windows of a text are measured
+
+
+# ---- Methods -------------------------------------------------------------------------------------
 COPIES = {
     "stack": baselines.stack,
     "stack-top": lambda base, n_new: baselines.stack(base, n_new, on_top=True),
@@ -58,649 +63,789 @@ COPIES = {
     "opt-deus": baselines.opt_deus,
     "lesa": baselines.lesa,
 }
-SHAPE = ("n_keys", "top_k", "d_latent", "query_norm")  # options of memory blocks
-METHODS = ("none", "llama-pro", "solar", *COPIES, "midus", "stacked", *VARIANTS)
-HAVE_MEMORY = ("midus", "stacked", *VARIANTS)
-PLACED = ("none", "llama-pro", "midus", *VARIANTS)  # take positions
+WITH_MEMORY = ("midus", *(name for name in VARIANTS if name != "linear"))
+PLACED = ("none", "llama-pro", "linear", *WITH_MEMORY)
+METHODS = (*PLACED, "solar", *COPIES)
 
 
-# ---- A method, from its name ---------------------------------------------------------------------
-def parse(text: str) -> list[tuple[str, dict]]:
-    """ "midus:n_keys=64,top_k=8,solar" -> [("midus", {"n_keys": 64, "top_k": 8}), ("solar", {})].
+def yes_or_no(text: str) -> bool:
+    """1 or 0, as a boolean."""
+    if text not in ("0", "1"):
+        raise argparse.ArgumentTypeError(f"{text} is neither 1 nor 0")
+    return text == "1"
 
-    Raises ValueError if it cannot be read.
+
+# How the text of each option is read.
+FOR_ALL = {"n_new": whole_number, "tokens": whole_number, "lr": real_number}
+FOR_PLACED = {"positions": whole_numbers}
+FOR_MEMORY = {
+    "memory_lr": real_number,
+    "n_keys": whole_number,
+    "top_k": whole_number,
+    "d_latent": whole_number,
+    "query_norm": yes_or_no,
+}
+FOR_MIDUS = {"query": str}
+FOR_LADDER = {"query": str, "residual": yes_or_no, "write": str, "centred": yes_or_no}
+
+
+def known_options(method: str) -> dict[str, Callable]:
+    """The options that a method takes, each with the function that reads it."""
+    known = dict(FOR_ALL)
+    if method in PLACED:
+        known.update(FOR_PLACED)
+    if method in WITH_MEMORY:
+        known.update(FOR_MEMORY)
+    if method == "midus":
+        known.update(FOR_MIDUS)
+    if method == "ladder":
+        known.update(FOR_LADDER)
+    return known
+
+
+@dataclasses.dataclass
+class Method:
+    label: str  # as it was typed
+    name: str
+    options: dict
+
+
+def read_method(label: str) -> Method:
+    """ "midus:n_keys=64" -> its name and its options. Raises ValueError if it cannot be read."""
+    name, *parts = label.split(":")
+    if name not in METHODS:
+        raise ValueError(f"--methods: {name} is none of {', '.join(METHODS)}")
+    known = known_options(name)
+    options = {}
+    for part in parts:
+        option, equals, value = part.partition("=")
+        if option not in known or not equals:
+            raise ValueError(f"--methods: cannot read {part!r}; {name} takes {', '.join(known)}")
+        try:
+            options[option] = known[option](value)
+        except argparse.ArgumentTypeError as error:
+            raise ValueError(f"--methods: {part!r}: {error}") from None
+    return Method(label, name, options)
+
+
+def chosen(options: dict, names: tuple) -> dict:
+    """Those of the options that have one of these names."""
+    return {name: value for name, value in options.items() if name in names}
+
+
+def build(base: GPT, method: str, options: dict) -> tuple[GPT, str]:
+    """The deeper model, and what of it trains when only new blocks do.
+
+    Raises ValueError for what cannot be.
     """
-    methods = []
-    for part in text.split(","):
-        method, colon, option = part.partition(":")
-        if colon or ("=" not in part and not part.isdecimal()):
-            if method not in METHODS:
-                raise ValueError(f"--methods: {method} is none of {', '.join(METHODS)}")
-            methods.append((method, {}))
-        else:
-            option = part  # one more of the method before
-        if option:
-            read_option(option, *(methods[-1] if methods else ("", {})))
-    return methods
-
-
-def read_option(option: str, method: str, options: dict) -> None:
-    """Puts "n_keys=64" into options; a bare number goes on with the list of positions."""
-    takes = ["n_new", "tokens"]
-    takes += ["positions"] if method in PLACED else []
-    takes += [*SHAPE, "memory_lr"] if method in HAVE_MEMORY else []
-    name, equals, value = option.partition("=")
-    goes_on = not equals and bool(options) and list(options)[-1] == "positions"
-    if goes_on:
-        name, value = "positions", option
-    if not method or name not in takes:
-        known = ", ".join(takes)
-        raise ValueError(f"--methods: cannot read {option!r}; {method or 'a method'} takes {known}")
-    try:
-        number = (real_number if name == "memory_lr" else whole_number)(value)
-    except argparse.ArgumentTypeError as error:
-        raise ValueError(f"--methods: {option!r}: {error}") from None
-    if name == "positions":
-        options.setdefault(name, []).append(number)
-    else:
-        options[name] = number
-
-
-def build(base: GPT, method: str, options: dict, n_new: int, memory: dict) -> tuple[GPT, str]:
-    """The deeper model, and what of it trains when only new blocks do. n_new and memory: what
-    options leave open. Raises ValueError for what cannot be.
-    """
-    where = {name: options[name] for name in ("positions", "n_new") if name in options} or {
-        "n_new": n_new
-    }
-    n_new, memory = (
-        options.get("n_new", n_new),
-        {name: options.get(name, memory.get(name)) for name in SHAPE},
-    )
-    memory = {name: value for name, value in memory.items() if value is not None}
+    where = chosen(options, ("positions", "n_new"))
     if method == "none":
-        return base, ",".join(str(p) for p in place(base.config.n_layer, False, **where))
+        blocks = place(base.config.n_layer, False, **where)
+        return base, ",".join(str(block) for block in blocks)
+    if method in COPIES:
+        return COPIES[method](base, options["n_new"]), "new"
     if method in ("llama-pro", "solar"):
         return upscale(base, method, **where), "new"
-    if method in COPIES:
-        return COPIES[method](base, n_new), "new"
-    if method == "stacked":
-        return stacked(base, n_new, **memory), "new"
-    if method not in HAVE_MEMORY:
-        raise ValueError(f"{method} is none of {', '.join(METHODS)}")
-    model = upscale(base, "midus", **where, **memory)
-    if method in VARIANTS:
+
+    # A memory block, and what a variant makes of it.
+    sizes = chosen(options, ("n_keys", "top_k", "d_latent", "query_norm"))
+    if method == "midus":
+        return upscale(base, "midus", **where, **sizes, **chosen(options, tuple(FOR_MIDUS))), "new"
+    model = upscale(base, "midus", **where, **sizes)
+    if method == "ladder":
+        VARIANTS["ladder"](model, **chosen(options, tuple(FOR_LADDER)))
+    else:
         VARIANTS[method](model)
     return model, "new"
 
 
 # ---- One run -------------------------------------------------------------------------------------
-def look(model: GPT, batch: list, dtype: torch.dtype) -> dict:
-    """Inside the memory on one batch, as training sees it: gradient norms by kind of parameter,
-    entropy of the weights (nats), slots in use. Changes nothing.
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """All that decides what a run gives. Two runs that are equal here are the same run."""
+
+    base: str  # sha256 of its configuration and weights
+    new_text: str  # identities of the texts
+    old_text: str | None
+    questions: str | None
+    method: str
+    options: dict
+    train: str  # "new" or "all"
+    tokens: int
+    batch_size: int
+    grad_accum: int
+    lr: float
+    memory_lr: float | None  # None: there are no banks
+    weight_decay: float
+    eval_tokens: int
+    n_points: int  # how often it is measured, at equal distances
+    split: str  # that it is measured on
+    seed: int
+    device: str
+    dtype: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Places:
+    """Where things are on this machine, and how much of it a run may take."""
+
+    base: str
+    dataset: str
+    data_dir: str
+    old_dataset: str | None
+    old_data_dir: str
+    facts: str | None
+    threads: int
+    show: bool  # a bar for the steps
+
+
+def some_windows(dataset: str, tokenizer: str, folder: str, split: str, run: Run, T: int) -> Tensor:
+    """Windows from all over a split, (W, T + 1): the same for every method."""
+    tokens = load_dataset(dataset, tokenizer, folder, (split,))[split].tokens
+    wanted = run.eval_tokens // T
+    there = (len(tokens) - 1) // T - 1
+    x, y = get_batch(tokens, 0, max(1, min(wanted, there)), T, EVAL_SEED)  # both (W, T)
+    return torch.cat((x, y[:, -1:]), dim=1)
+
+
+@torch.no_grad()
+def perplexity_on(model: GPT, windows: Tensor) -> float:
+    """Token-level perplexity on windows (W, T + 1)."""
+    device = model.wte.weight.device
+    at_once = max(1, 1024 // windows.size(1))
+    total = 0.0
+    for part in windows.to(device).split(at_once):
+        total += model(part[:, :-1], part[:, 1:]).item() * len(part)
+    mean = total / len(windows)
+    return math.exp(min(mean, 700))
+
+
+@dataclasses.dataclass
+class Yardstick:
+    """What a model is measured by."""
+
+    new: Tensor  # windows (W, T + 1)
+    old: Tensor | None
+    questions: list[dict] | None
+    tokenizer: str
+
+    def measure(self, model: GPT) -> dict:
+        """Perplexity on the new and on the old text; facts known; slots ever best, by block."""
+        model.eval()
+        figures = {}
+        if has_memory(model):
+            with count_usage(model) as counts:
+                figures["new"] = perplexity_on(model, self.new)
+            figures["used"] = [usage(reads)["top1"] for reads in counts.values()]
+        else:
+            figures["new"] = perplexity_on(model, self.new)
+        if self.old is not None:
+            figures["old"] = perplexity_on(model, self.old)
+        if self.questions is not None:
+            figures["recall"] = recall(model, load_tokenizer(self.tokenizer), self.questions)
+        model.train()
+        return figures
+
+
+def make_yardstick(run: Run, places: Places, tokenizer: str, block_size: int) -> Yardstick:
+    new = some_windows(places.dataset, tokenizer, places.data_dir, run.split, run, block_size)
+    old = None
+    if places.old_dataset is not None:
+        where = (places.old_dataset, tokenizer, places.old_data_dir)
+        old = some_windows(*where, run.split, run, block_size)
+    questions = None
+    if places.facts is not None:
+        questions = read_questions(places.facts, run.split)
+    return Yardstick(new, old, questions, tokenizer)
+
+
+def has_memory(model: GPT) -> bool:
+    return any(hasattr(model.h[i], "memory") for i in model.config.new)
+
+
+def look(model: GPT, batch: tuple[Tensor, Tensor], dtype: torch.dtype) -> dict:
+    """Inside the memory on one batch: entropy of a read's weights in nats, gradient norms by kind.
+
+    Changes nothing.
     """
-    entropies, hooks = [], []
+    # A hook after the search sees the weights of every read.
+    entropies = []
 
-    def hook(module, inputs, reads):
-        entropies.append(
-            torch.special.entr(reads[0].detach()).sum(dim=-1).mean().item()
-        )  # weights (B, T, H, k)
+    def watch(module, inputs, reads: tuple[Tensor, Tensor]) -> None:
+        weights = reads[0].detach()  # (B, T, H, k)
+        entropies.append(torch.special.entr(weights).sum(dim=-1).mean().item())
 
-    for i in model.config.new:
-        hooks.append(model.h[i].memory.product_keys.register_forward_hook(hook))
-    model.eval()
-    with (
-        count_usage(model) as counts,
-        torch.autocast(batch[0].device.type, dtype, enabled=dtype != torch.float32),
-    ):
+    hooks = [model.h[i].memory.product_keys.register_forward_hook(watch) for i in model.config.new]
+    with torch.autocast(batch[0].device.type, dtype, enabled=dtype != torch.float32):
         loss = model(*batch)
     loss.backward()
-    model.train()
-    for handle in hooks:
-        handle.remove()
-    kinds = {
-        "bank": "hive.bank",
-        "W": "hive.proj",
-        "keys": "product_keys.keys",
-        "QKV": "attn.c_attn",
-    }
-    named = [
-        (name, p.grad)
-        for name, p in model.named_parameters()
-        if p.grad is not None and is_new(name, model.config.new)
-    ]
-    norms = {
-        kind: math.sqrt(sum(g.square().sum().item() for name, g in named if part in name))
-        for kind, part in kinds.items()
-    }
+    for hook in hooks:
+        hook.remove()
+
+    # Over all memory blocks together.
+    norms = {}
+    for kind in ("hive.bank", "hive.proj", "product_keys.keys", "attn.c_attn"):
+        squares = 0.0
+        for i in model.config.new:
+            for name, parameter in model.h[i].named_parameters():
+                if kind in name and parameter.grad is not None:
+                    squares += parameter.grad.square().sum().item()
+        norms[kind] = math.sqrt(squares)
     model.zero_grad()
-    used = [usage(c) for c in counts.values()]
-    means = {name: statistics.mean(u[name] for u in used) for name in used[0]}
-    return {"gradients": norms, "entropy": statistics.mean(entropies), **means}
+    return {"entropy": statistics.mean(entropies), "gradients": norms}
 
 
-def run(job: dict) -> dict:
-    """Trains one model and returns job's configuration with its figures.
+def count(parameters) -> int:
+    return sum(parameter.numel() for parameter in parameters)
 
-    Draws the same batches for every method.
-    """
-    config, threads, show = job["config"], job["threads"], job["show"]
-    device = pick_device(job["device"])
-    torch.set_num_threads(threads)
-    base, info = open_model(job["base"], job["data_dir"])
-    splits = ("train", "valid", "test") if config["test"] else ("train", "valid")
-    data = load_dataset(config["dataset"], info["tokenizer"], job["data_dir"], splits)
-    some = data["valid"].tokens[: config["valid_tokens"] + 1]
-    torch.manual_seed(config["seed"])
-    options = config["options"]
-    model, what = build(
-        base.to(device), config["method"], options, config["n_new"], config["memory"]
-    )
+
+def make(run: Run, places: Places) -> dict:
+    """Trains one model. Returns the run's fields and its figures, as plain types."""
+    torch.set_num_threads(places.threads)
+    device = torch.device(run.device)
+    base, info = open_model(places.base, places.data_dir)
+    base = limit_window(base).to(device)
+    T = base.config.block_size
+    tokenizer = info["tokenizer"]
+    text = load_dataset(places.dataset, tokenizer, places.data_dir, ("train",))["train"].tokens
+    yardstick = make_yardstick(run, places, tokenizer, T)
+
+    # The model.
+    torch.manual_seed(run.seed)
+    model, new = build(base, run.method, run.options)
     model = model.to(device)
-    set_trainable(model, what if config["train"] == "new" else "all")
-    new = sum(p.numel() for name, p in model.named_parameters() if is_new(name, model.config.new))
-    batch_size, T = config["batch_size"], base.config.block_size
-    steps = max(1, int(options.get("tokens", config["tokens"])) // (batch_size * T))
-    memory_lr = options.get("memory_lr", config["memory_lr"])
-    optimizer = make_optimizer(model, config["lr"], memory_lr, config["weight_decay"])
-    dtype = getattr(torch, config["dtype"])
-    has_memory = all(hasattr(model.h[i], "memory") for i in model.config.new) and model.config.new
-    losses, looks, clock = (
-        [],
-        {},
-        time.process_time if device.type == "cpu" and threads == 1 else time.perf_counter,
-    )
-    result = {
-        "added": new,
-        "trained": sum(p.numel() for p in model.parameters() if p.requires_grad),
-    }
-    result["start"] = perplexity(*sum_nll(model, some))
-    old = old_text(config, info["tokenizer"], job.get("old_data_dir"))
+    set_trainable(model, new if run.train == "new" else "all")
+    optimizer = make_optimizer(model, run.lr, run.memory_lr, run.weight_decay)
+    dtype = getattr(torch, run.dtype)
+    inside = run.seed == 1 and has_memory(model)  # one seed is looked into
+    result = dataclasses.asdict(run)
+    result["added"] = count(p for i in model.config.new for p in model.h[i].parameters())
+    result["trained"] = count(p for p in model.parameters() if p.requires_grad)
 
-    def batch_of(step: int) -> list:
-        return [
-            half.to(device)
-            for half in get_batch(data["train"].tokens, step, batch_size, T, config["seed"])
-        ]
-
-    def loop() -> None:
-        for step in tqdm(
-            range(steps), desc=config["name"], unit="step", disable=None if show else True
-        ):
-            if (
-                config["seed"] == 1
-                and has_memory
-                and step in (0, steps // 10, steps // 2, steps - 1)
-            ):
-                part = (
-                    batch_size // config["grad_accum"]
-                )  # so that it takes no more memory than a step
-                looks[step] = look(model, [half[:part] for half in batch_of(step)], dtype)
+    # The same loop for every method. A thread of its own on a CPU is timed by the processor's
+    # clock, which does not mind what else runs.
+    steps = max(1, run.tokens // (run.batch_size * T))
+    measured_after = {steps * i // run.n_points for i in range(run.n_points + 1)}
+    alone = device.type == "cpu" and places.threads == 1
+    clock = time.process_time if alone else time.perf_counter
+    seconds = 0.0
+    losses = []
+    points = []
+    try:
+        for step in tqdm(range(steps + 1), unit="step", disable=None if places.show else True):
+            batch = get_batch(text, step, run.batch_size, T, run.seed)
+            batch = (batch[0].to(device), batch[1].to(device))  # both (B, T)
+            if step in measured_after:
+                points.append({"step": step, **yardstick.measure(model)})
+                if inside:
+                    part = run.batch_size // run.grad_accum  # no more memory than a step takes
+                    points[-1].update(look(model, (batch[0][:part], batch[1][:part]), dtype))
+            if step == steps:
+                break
             start = clock()
             for group in optimizer.param_groups:
-                group["lr"] = group["peak_lr"] * schedule(step, steps // 20, steps)
-            losses.append(train_step(model, optimizer, batch_of(step), dtype, config["grad_accum"]))
-            result["seconds"] += clock() - start
-
-    result |= {
-        "seconds": 0.0,
-        "valid": None,
-        "test_perplexity": None,
-        "old_perplexity": None,
-    }  # as they stay if it diverges
-    try:
-        result["memory_mib"] = Bench(device, torch.float32, threads, 1).peak(loop)
-        result["rate"] = len(losses) * batch_size * T / result["seconds"]
-        valid = perplexity(*sum_nll(model, some))
-        result["valid"] = valid if math.isfinite(valid) else None
-        if config["test"]:
-            result["test_perplexity"] = perplexity(*sum_nll(model, data["test"].tokens))
-        if old is not None:
-            result["old_perplexity"] = perplexity(*sum_nll(model, old))
+                group["lr"] = group["peak_lr"] * schedule(step, max(1, steps // 20), steps)
+            losses.append(train_step(model, optimizer, batch, dtype, run.grad_accum))
+            seconds += clock() - start
+        result["diverged"] = not math.isfinite(points[-1]["new"])
     except FloatingPointError:
-        pass
-    edges = [i * steps // 20 for i in range(21)] if steps >= 20 else range(steps + 1)
-    result["losses"] = [
-        round(statistics.mean(losses[a:b]), 4) for a, b in zip(edges, edges[1:]) if losses[a:b]
-    ]
-    versions = {"threads": threads, "python": sys.version.split()[0], "torch": torch.__version__}
-    return {**config, **result, "looks": looks, **versions}
+        result["diverged"] = True
+    result["points"] = points
+    result["losses"] = [round(loss, 4) for loss in losses[:: max(1, steps // 50)]]
+    result["seconds"] = seconds
+    result["rate"] = len(losses) * run.batch_size * T / max(seconds, 1e-9)
+    result["threads"] = places.threads
+    result["torch"] = torch.__version__
+    return result
 
 
-def old_text(config: dict, tokenizer: str, data_dir: str) -> np.ndarray | None:
-    """Text of the base's own kind, valid_tokens of its validation split: what may be forgotten."""
-    if config.get("old_dataset") is None:
-        return None
-    split = load_dataset(config["old_dataset"], tokenizer, data_dir, ("valid",))["valid"]
-    return split.tokens[: config["valid_tokens"] + 1]
-
-
-def is_new(name: str, new: tuple) -> bool:
-    """Whether a parameter of this name belongs to a block listed in config.new."""
-    return name.startswith("h.") and int(name.split(".")[1]) in new
+def limit_window(base: GPT) -> GPT:
+    """A Llama reads windows of any length; here they are short."""
+    if hasattr(base.config, "rope_base"):
+        base.config.block_size = min(base.config.block_size, 256)
+    return base
 
 
 # ---- Many runs -----------------------------------------------------------------------------------
+FIELDS = [field.name for field in dataclasses.fields(Run)]
+
+
 def read_results(path: str) -> list[dict]:
-    """The finished runs. What a fault left of a last line is cut off, so that the next can be
-    appended. Raises ValueError, and changes nothing, if the file is something else.
+    """The finished runs; what a fault left of a last line is dropped.
+
+    Raises ValueError, and changes nothing, if the file is something else.
     """
     if not os.path.exists(path):
         return []
-    with open(path, "rb+") as file:
-        text = file.read()
-        end = text.rfind(b"\n") + 1
+    with open(path, encoding="utf-8") as file:
+        *lines, last = file.read().split("\n")
+    refusal = f"{path} is not a results file of this script; name another with --results"
+    try:
+        done = [json.loads(line) for line in lines]
+    except ValueError:
+        raise ValueError(refusal) from None
+
+    # The last line may lack its end, or no more than that.
+    if last:
         try:
-            done = [json.loads(line) for line in text[:end].splitlines()]
-            assert text[:1] in (b"", b"{") and all(
-                {"name", "lr", "seed", "valid"} <= run.keys() for run in done
-            )
-        except (ValueError, AttributeError, AssertionError):
-            raise ValueError(
-                f"{path} is not a results file of this script; name another with --results"
-            ) from None
-        file.truncate(end)
+            done.append(json.loads(last))
+        except ValueError:
+            if not lines and not last.startswith('{"base": "'[: len(last)]):
+                raise ValueError(refusal) from None
+    for run in done:
+        if not isinstance(run, dict) or not {*FIELDS, "points"} <= run.keys():
+            raise ValueError(refusal)
+    if last:
+        with common.written_whole(path) as temporary, open(temporary, "w") as file:
+            file.writelines(json.dumps(run) + "\n" for run in done)
     return done
 
 
-def find(config: dict, done: list[dict]) -> dict | None:
-    """The finished run of this configuration."""
-    return next(
-        (r for r in done if all(r.get(name) == value for name, value in config.items())), None
-    )
+def find(run: Run, done: list[dict]) -> dict | None:
+    """The finished run that is equal to this one."""
+    wanted = dataclasses.asdict(run)
+    for result in done:
+        if all(result[name] == wanted[name] for name in FIELDS):
+            return result
+    return None
 
 
-def run_apart(job: dict) -> dict:
-    """run() in a fresh process, so that none inherits another's memory or random numbers."""
+def make_apart(run: Run, places: Places) -> dict:
+    """make() in a fresh process, so that none inherits another's memory or random numbers."""
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
         try:
-            return process.submit(run, job).result()
+            return process.submit(make, run, places).result()
         except BrokenProcessPool:
-            raise MemoryError(
-                f"a run of {job['config']['name']} was killed; if memory ran out, --jobs 1"
-            ) from None
+            # What kills a process is nearly always a lack of memory.
+            raise MemoryError(f"{run.method}: a run was killed; try fewer --jobs") from None
 
 
-def run_all(configs: list[dict], args: argparse.Namespace, done: list[dict]) -> None:
-    """Runs what is not in done, appends each result to done and, as it comes, to the results file.
-    If a run fails, the others are still made; its error is raised at the end.
-    """
-    todo = [c for c in configs if not find(c, done)]
-    if not todo:
+def make_all(runs: list[Run], places: Places, jobs: int, path: str, done: list[dict]) -> None:
+    """Makes the runs that are not done, and adds each to done and to the file when it ends."""
+    missing = []
+    for run in runs:
+        if find(run, done) is None and run not in missing:
+            missing.append(run)
+    if not missing:
         return
-    shared = {name: getattr(args, name) for name in ("base", "data_dir", "old_data_dir", "device")}
-    threads = max(1, (os.cpu_count() or 1) // args.jobs)
-    jobs = [{"config": c, "threads": threads, "show": args.jobs == 1, **shared} for c in todo]
-    failed = None
-    with (
-        tqdm(total=len(jobs), unit="run", disable=None) as bar,
-        ThreadPoolExecutor(args.jobs) as pool,
-    ):
+
+    # One that fails does not take the others with it.
+    failure = None
+    bar = tqdm(total=len(missing), unit="run", disable=None)
+    with bar, ThreadPoolExecutor(jobs) as pool:
+        futures = [pool.submit(make_apart, run, places) for run in missing]
         try:
-            for future in as_completed([pool.submit(run_apart, job) for job in jobs]):
-                failed = failed or future.exception()
-                if not future.exception():
-                    done.append(result := future.result())
-                    with open(args.results, "a") as file:
-                        file.write(json.dumps(result) + "\n")
-                    valid = "diverged" if result["valid"] is None else f"{result['valid']:.2f}"
-                    tqdm.write(
-                        f"{result['name']}  {result['train']}  lr {result['lr']:g}  "
-                        f"seed {result['seed']}  validation {valid}"
-                    )
+            for future in as_completed(futures):
                 bar.update()
+                if future.exception() is not None:
+                    failure = future.exception()
+                    continue
+                result = future.result()
+                done.append(result)
+                with open(path, "a", encoding="utf-8") as file:
+                    file.write(json.dumps(result) + "\n")
+                tqdm.write(describe(result))
         except KeyboardInterrupt:
             pool.shutdown(cancel_futures=True)
             raise
-    if failed:
-        raise failed
+    if failure is not None:
+        raise failure
 
 
-def best_lr(config: dict, lrs: list[float], done: list[dict]) -> float | None:
-    """The rate of the lowest validation perplexity on seed 0; None if every one diverged."""
-    tried = {}
-    for lr in lrs:
-        grid = {**config, "lr": lr, "seed": 0, "test": False}
-        tried[lr] = find(grid, done)["valid"]
-    finite = {lr: valid for lr, valid in tried.items() if valid is not None}
-    best = min(finite, key=finite.get, default=None)
-    if best is None:
-        print(f"{config['name']} diverged at every learning rate")
-    elif best in (min(lrs), max(lrs)):
-        print(f"{config['name']}: the best learning rate, {best:g}, is at the edge of those tried")
-    return best
+def describe(result: dict) -> str:
+    """A line about a finished run."""
+    options = " ".join(f"{name}={value}" for name, value in result["options"].items())
+    banks = "" if result["memory_lr"] is None else f"banks {result['memory_lr']:g}, "
+    rates = f"lr {result['lr']:g}, {banks}seed {result['seed']}"
+    line = f"{result['method']} {options}; {result['train']}; {rates}:"
+    if result["diverged"]:
+        return f"{line} diverged"
+    end = result["points"][-1]
+    figures = [f"{name} {end[name]:.4g}" for name in ("new", "old", "recall") if name in end]
+    return f"{line} {result['split']}, {', '.join(figures)}"
 
 
-# ---- What to measure by: the base, and a model of three tokens -----------------------------------
-def trigram_perplexity(train: np.ndarray, test: np.ndarray, discount: float = 0.75) -> float:
-    """Token-level perplexity of an interpolated Kneser-Ney trigram model [Kneser and Ney 1995] with
-    one discount: p(w|uv) = (c(uvw) - D)+ / c(uv) + D distinct(uv.) / c(uv) p(w|v), below with
-    counts of distinct contexts.
+# ---- Rates ---------------------------------------------------------------------------------------
+def at_the_end(result: dict) -> float:
+    """Perplexity on the new text at the end of a run; infinite if it diverged."""
+    return math.inf if result["diverged"] else result["points"][-1]["new"]
+
+
+def best(runs: dict[float, Run], done: list[dict], label: str, what: str) -> float:
+    """The rate of the best of these runs; says so when it lies at the edge of those tried."""
+    ends = {rate: at_the_end(find(run, done)) for rate, run in runs.items()}
+    rate = min(ends, key=ends.get)
+    tried = ", ".join(f"{tried:g}: {end:.4g}" for tried, end in sorted(ends.items()))
+    note = ""
+    if len(ends) > 1 and rate in (min(ends), max(ends)):
+        note = "; at the edge of those tried"
+    print(f"{label}: {what} {rate:g} ({tried}{note})")
+    return rate
+
+
+def choose_rates(
+    methods: list[Method],
+    first: dict[str, Run],
+    args: argparse.Namespace,
+    done: list[dict],
+    make_them: Callable[[list[Run]], None],
+) -> dict[str, tuple[float, float | None]]:
+    """lr and the bank's rate of each method, by label. first: a run of each, to be varied."""
+    # Trials have a seed and a split of their own, and may be shorter.
+    trials = {}
+    for label, run in first.items():
+        tokens = args.rate_tokens or run.tokens
+        trial = dataclasses.replace(run, tokens=tokens, n_points=1, split="valid", seed=0)
+        trials[label] = trial
+
+    # First lr, with the bank's rate in the middle: all pairs would be too many.
+    middle = args.memory_lrs[len(args.memory_lrs) // 2]
+    first_bank = {}
+    of_lr = {}
+    for method in methods:
+        lrs = [method.options["lr"]] if "lr" in method.options else args.lrs
+        bank = method.options.get("memory_lr", middle) if method.name in WITH_MEMORY else None
+        first_bank[method.label] = bank
+        of_lr[method.label] = {lr: vary(trials[method.label], lr, bank) for lr in lrs}
+    lr_of = make_and_choose(of_lr, "lr", done, make_them)
+
+    # Then the bank's, with that lr.
+    of_bank = {}
+    for method in methods:
+        banks = [first_bank[method.label]]
+        if method.name in WITH_MEMORY and "memory_lr" not in method.options:
+            banks = args.memory_lrs
+        trial = trials[method.label]
+        of_bank[method.label] = {bank: vary(trial, lr_of[method.label], bank) for bank in banks}
+    bank_of = make_and_choose(of_bank, "banks", done, make_them)
+    return {label: (lr_of[label], bank_of[label]) for label in first}
+
+
+def make_and_choose(
+    trials: dict[str, dict[float, Run]],
+    what: str,
+    done: list[dict],
+    make_them: Callable[[list[Run]], None],
+) -> dict[str, float]:
+    """The best rate of each method; trials: by label, a run for each rate. One alone is taken."""
+    make_them([run for runs in trials.values() if len(runs) > 1 for run in runs.values()])
+    chosen_rates = {}
+    for label, runs in trials.items():
+        if len(runs) == 1:
+            (chosen_rates[label],) = runs
+        else:
+            chosen_rates[label] = best(runs, done, label, what)
+    return chosen_rates
+
+
+def vary(run: Run, lr: float, memory_lr: float | None) -> Run:
+    return dataclasses.replace(run, lr=lr, memory_lr=memory_lr)
+
+
+# ---- Table and picture ---------------------------------------------------------------------------
+def mean_and_spread(values: list[float], digits: int = 2) -> str:
+    """Mean, and half the range where there are several."""
+    if not values:
+        return "-"
+    text = f"{statistics.mean(values):.{digits}f}"
+    if len(values) > 1:
+        text += f" ± {(max(values) - min(values)) / 2:.{digits}f}"
+    return text
+
+
+def curve_of(runs: list[dict]) -> list[dict]:
+    """The points of a method: at each, the means over seeds."""
+    ended = [run["points"] for run in runs if not run["diverged"]]
+    curve = []
+    for same in zip(*ended):
+        point = {}
+        for name in ("step", "new", "old", "recall"):
+            if name in same[0]:
+                point[name] = statistics.mean(p[name] for p in same)
+        curve.append(point)
+    return curve
+
+
+def old_at(curve: list[dict], level: float) -> float | None:
+    """Perplexity on the old text where that on the new one falls to level; None if it does not.
+
+    Between two points, on a straight line of logarithms.
     """
-    V = int(max(train.max(), test.max())) + 1
-    t, s = train.astype(np.int64), test.astype(np.int64)
-
-    def lookup(keys: np.ndarray, values: np.ndarray, wanted: np.ndarray) -> np.ndarray:
-        at = np.searchsorted(keys, wanted).clip(max=len(keys) - 1)
-        return np.where(keys[at] == wanted, values[at], 0)
-
-    trigrams, counts = np.unique((t[:-2] * V + t[1:-1]) * V + t[2:], return_counts=True)
-    bigrams, contexts = np.unique(
-        trigrams % (V * V), return_counts=True
-    )  # vw, and how many different u precede it
-    words, word_contexts = np.unique(bigrams % V, return_counts=True)
-    p = (lookup(words, word_contexts, s[2:]) + 0.5) / (
-        len(bigrams) + 0.5 * V
-    )  # half a count for unseen tokens
-    for grams, values, wanted, context in (
-        (bigrams, contexts, s[1:-1] * V + s[2:], s[1:-1]),
-        (trigrams, counts, (s[:-2] * V + s[1:-1]) * V + s[2:], s[:-2] * V + s[1:-1]),
-    ):
-        heads, first, distinct = np.unique(grams // V, return_index=True, return_counts=True)
-        sums = np.add.reduceat(values, first)
-        total, kinds = lookup(heads, sums, context), lookup(heads, distinct, context)
-        seen = np.maximum(lookup(grams, values, wanted) - discount, 0)
-        p = np.where(total > 0, (seen + discount * kinds * p) / np.maximum(total, 1), p)
-    return math.exp(-np.log(p).mean())
+    for before, after in zip(curve, curve[1:]):
+        if before["new"] > level >= after["new"]:
+            whole = math.log(before["new"] / after["new"])
+            share = math.log(before["new"] / level) / whole
+            return before["old"] * (after["old"] / before["old"]) ** share
+    return None
 
 
-def summarise(runs: list[dict]) -> dict:
-    """One row of the table from the runs of one method.
-
-    Means, and half the range of validation and test.
-    """
-    row = {name: runs[0][name] for name in ("name", "train", "lr", "added", "trained")} | {
-        "runs": len(runs)
-    }
-    ended = [r for r in runs if r["valid"]]
-    figures = (
-        "start",
-        "valid",
-        "test_perplexity",
-        "old_perplexity",
-        "rate",
-        "memory_mib",
-        "seconds",
-    )
-    for figure in figures:
-        values = [r[figure] for r in ended if r.get(figure) is not None]
-        row[figure] = statistics.mean(values) if values else math.nan
-        row[f"{figure}_spread"] = (max(values) - min(values)) / 2 if values else math.nan
-    return row | {"diverged": len(runs) - len(ended)}
+def print_table(header: list[str], rows: list[list[str]]) -> None:
+    """A table in Markdown whose columns stand under each other, so that it reads as text too."""
+    widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
+    rule = ["-" * width for width in widths]
+    for row in [header, rule, *rows]:
+        cells = [cell.ljust(width) for cell, width in zip(row, widths)]
+        print("| " + " | ".join(cells) + " |")
 
 
-def print_rows(rows: list[dict], base: dict) -> None:
-    """The table; base.
+def print_rows(base: dict, rows: dict[str, list[dict]], levels: list[int]) -> None:
+    """The table: the base, then each method by its label, with its runs."""
+    more = [name for name in ("old", "recall") if name in base]
+    header = ["new blocks", "added M", "trained M", "lr", "banks", "start", "new text"]
+    header += ["old text" if name == "old" else "facts known" for name in more]
+    header += [f"old at {level}" for level in levels]
+    header += ["slots ever best", "tokens/s"]
+    first = ["(base)", "", "", "", "", "", f"{base['new']:.2f}"]
+    first += [f"{base[name]:.2f}" for name in more]
+    lines = [first + [""] * (len(header) - len(first))]
 
-    The base's perplexities by split, valid and (unless screening) test_perplexity.
-    """
-    split = "test_perplexity" if "test_perplexity" in base else "valid"
-    print(
-        "| method | trained | lr | added M | trained M | start (validation) | validation | test "
-        "| old text | tokens/s | MiB | gained per M |"
-    )
-    print("| --- " * 12 + "|")
-    for r in rows:
-        cells = [
-            r["name"],
-            r["train"],
-            f"{r['lr']:g}",
-            f"{r['added'] / 1e6:.2f}",
-            f"{r['trained'] / 1e6:.2f}",
-        ]
-        cells.append(f"{r['start']:.2f}")
-        for figure in ("valid", "test_perplexity", "old_perplexity"):
-            cells.append(
-                f"{r[figure]:.2f}" + (f" ± {r[f'{figure}_spread']:.2f}" if r["runs"] > 1 else "")
-            )
-        cells += [f"{r['rate']:,.0f}", f"{r['memory_mib']:.0f}"]
-        alone = r["added"] and r["train"] == "new"  # else more than the added parameters won it
-        cells.append(f"{(base[split] - r[split]) / r['added'] * 1e6:.2f}" if alone else "-")
-        if r["diverged"]:
-            cells[0] += f" ({r['diverged']} of {r['runs']} diverged)"
-        print("| " + " | ".join(cells).replace("nan ± nan", "-").replace("nan", "-") + " |")
-    print("\n±: half the range over seeds; MiB: what training takes beside the weights")
-    which = "validation" if split == "valid" else "test"
-    print(f"gained per M: fall of {which} perplexity per million added")
+    for label, runs in rows.items():
+        ended = [run for run in runs if not run["diverged"]]
+        diverged = len(runs) - len(ended)
+        one = runs[0]
+        line = [label + (f" ({diverged} of {len(runs)} diverged)" if diverged else "")]
+        line += [f"{one['added'] / 1e6:.2f}", f"{one['trained'] / 1e6:.2f}", f"{one['lr']:g}"]
+        line.append("" if one["memory_lr"] is None else f"{one['memory_lr']:g}")
+        line.append(f"{one['points'][0]['new']:.2f}")
+        for name in ("new", *more):
+            line.append(mean_and_spread([run["points"][-1][name] for run in ended]))
+        curve = curve_of(runs)
+        for level in levels:
+            old = old_at(curve, level)
+            line.append("-" if old is None else f"{old:.2f}")
+        used = ended[0]["points"][-1].get("used", []) if ended else []
+        line.append(" / ".join(f"{100 * share:.0f}" for share in used) + (" %" if used else ""))
+        line.append(f"{statistics.mean(run['rate'] for run in runs):,.0f}")
+        lines.append(line)
+    print_table(header, lines)
+    print("\n±: half the range over seeds. start: the new text before training.")
+    if levels:
+        print("old at L: the old text when the new one has come down to L, between two points.")
 
 
-def plot(rows: list[dict], base: dict, path: str) -> None:
-    """Perplexity (test, or validation when screening) against added parameters and against training
-    time.
-    """
+def plot(base: dict, rows: dict[str, list[dict]], path: str) -> None:
+    """New against old, a curve per method with its name at the end."""
     from matplotlib import pyplot
 
-    split = "test_perplexity" if "test_perplexity" in base else "valid"
-    figure, axes = pyplot.subplots(1, 2, figsize=(11, 4.5), sharey=True)
-    panels = ("added", 1e-6, "added parameters, millions"), ("seconds", 1 / 60, "training, minutes")
-    for axis, (x_name, scale, label) in zip(axes, panels):
-        axis.axhline(base[split], color="grey", linestyle=":", label="base")
-        for r in rows:
-            x = r[x_name] * scale
-            axis.errorbar(x, r[split], r[f"{split}_spread"], marker="o")
+    figure, axis = pyplot.subplots(figsize=(8, 5))
+    for label, runs in rows.items():
+        curve = curve_of(runs)[1:]  # at the start all stand far off, at the base
+        if curve:
+            news = [point["new"] for point in curve]
+            olds = [point["old"] for point in curve]
+            (line,) = axis.plot(news, olds, marker="o", markersize=3)
+            end = (news[-1], olds[-1])
             axis.annotate(
-                r["name"], (x, r[split]), fontsize=7, xytext=(4, 3), textcoords="offset points"
-            )
-        axis.set_xlabel(label)
-    axes[0].set_ylabel("perplexity, token-level")
-    axes[0].legend()
+                label, end, xytext=(-5, 0), textcoords="offset points", ha="right", va="center",
+                color=line.get_color(), fontsize=9,
+            )  # fmt: skip
+    axis.axhline(base["old"], color="grey", linestyle=":", linewidth=1)
+    axis.text(1, base["old"], " base", transform=axis.get_yaxis_transform(), va="center")
+    axis.set_xscale("log")
+    axis.set_yscale("log")
+    left, right = axis.get_xlim()
+    axis.set_xlim(left / (right / left) ** 0.35, right)  # room for the names
+    for one in (axis.xaxis, axis.yaxis):
+        one.set_major_formatter("{x:.0f}")
+        one.set_minor_formatter("{x:.0f}")
+    axis.set_xlabel("perplexity on the new text (better to the left)")
+    axis.set_ylabel("perplexity on the old text (better below)")
+    axis.spines[["top", "right"]].set_visible(False)
     figure.tight_layout()
-    figure.savefig(path)
+    figure.savefig(path, metadata={"Date": None} if path.endswith(".svg") else None)
 
 
-def identity(model: GPT) -> str:
-    """sha256 of configuration and weights.
-
-    The same for a base that was trained again, bit for bit, elsewhere.
-    """
-    digest = hashlib.sha256(repr(asdict(model.config)).encode())
-    for tensor in model.state_dict().values():
-        digest.update(tensor.cpu().numpy().tobytes())
-    return digest.hexdigest()
-
-
+# ---- The command ---------------------------------------------------------------------------------
 def rates(text: str) -> list[float]:
     return sorted({real_number(part) for part in text.split(",")})
 
 
 def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description="Compare ways to deepen a model; resumable.")
-    parser.add_argument(
-        "--base", required=True, help="checkpoint of train.py, of transformer blocks"
-    )
-    parser.add_argument(
-        "--methods", required=True, help="joined by commas; see the head of this file"
-    )
-    parser.add_argument(
-        "--seeds", type=whole_number, default=1, help="runs per method, seeds 1, 2, ... (default 1)"
-    )
-    parser.add_argument(
-        "--tokens",
-        type=whole_number,
-        default=600_000,
-        help="training tokens of each run (default 6e5)",
-    )
-    parser.add_argument(
-        "--lrs",
-        type=rates,
-        default="1e-3,2e-3,4e-3",
-        help="rates to choose from; one alone is just taken",
-    )
-    parser.add_argument(
-        "--memory_lr", type=real_number, default=1e-2, help="of memory banks (default 1e-2)"
-    )
-    parser.add_argument("--weight_decay", type=real_number, default=0.1, help="(default 0.1)")
-    parser.add_argument(
-        "--train", choices=("new", "all"), default="new", help="what trains (default new)"
-    )
-    parser.add_argument(
-        "--n_new", type=whole_number, help="new blocks (default: half as many as the base has)"
-    )
-    parser.add_argument("--n_keys", type=whole_number, default=32, help="(default 32)")
-    parser.add_argument("--top_k", type=whole_number, default=8, help="(default 8)")
-    parser.add_argument("--d_latent", type=whole_number, default=64, help="(default 64)")
-    parser.add_argument(
-        "--batch_size", type=whole_number, default=16, help="sequences per step (default 16)"
-    )
-    parser.add_argument(
-        "--grad_accum",
-        type=whole_number,
-        default=1,
-        help="parts a step's batch is cut in (default 1)",
-    )
-    parser.add_argument(
-        "--screen",
-        action="store_true",
-        help="do without the test split; the table ends at validation",
-    )
-    parser.add_argument(
-        "--valid_tokens",
-        type=whole_number,
-        default=100_000,
-        help="of the validation split (default 1e5)",
-    )
-    parser.add_argument("--old_dataset", choices=DATASETS, help="what the base knows: is it kept?")
-    parser.add_argument("--old_data_dir", help="folder of that text (default: --data_dir)")
-    parser.add_argument("--dataset", choices=DATASETS, help="(default: the base's own)")
-    parser.add_argument("--data_dir", help="folder of the data (default: the base's own)")
-    parser.add_argument("--device", help="cpu, cuda or mps (default: the best there is)")
-    parser.add_argument(
-        "--jobs", type=whole_number, help="runs at a time (default: a CPU's cores, else 1)"
-    )
-    parser.add_argument(
-        "--results",
-        type=new_file(".jsonl"),
-        default="results.jsonl",
-        help="finished runs (results.jsonl)",
-    )
-    parser.add_argument(
-        "--plot",
-        type=new_file(".svg", ".png", ".pdf"),
-        help="draw the table to this file (.svg, .png); needs matplotlib",
-    )
+    add = parser.add_argument
+    add("--base", required=True, help="a model of transformer blocks alone")
+    add("--methods", required=True, nargs="+", help="see the head of this file")
+    add("--train", choices=("new", "all"), default="new", help="what trains (default new)")
+    add("--seeds", type=whole_number, default=1, help="runs per method (default 1)")
+
+    # Texts.
+    add("--dataset", choices=DATASETS, help="the new text (default: the base's own)")
+    add("--data_dir", help="its folder (default: the base's own)")
+    add("--old_dataset", choices=DATASETS, help="the text that the base knows: is it kept?")
+    add("--old_data_dir", help="its folder (default: --data_dir)")
+    add("--facts", help="a folder of facts.py: count the facts that are known")
+    add("--eval_tokens", type=whole_number, default=60_000, help="of each text (default 6e4)")
+    add("--split", choices=("valid", "test"), default="test", help="of the table (default test)")
+
+    # Sizes and training.
+    add("--n_new", type=whole_number, help="new blocks (default: half as many as there are)")
+    add("--n_keys", type=whole_number, default=32, help="(default 32)")
+    add("--top_k", type=whole_number, default=8, help="(default 8)")
+    add("--d_latent", type=whole_number, default=32, help="(default 32)")
+    add("--tokens", type=whole_number, default=1_600_000, help="of each run (default 1.6e6)")
+    add("--batch_size", type=whole_number, default=8, help="sequences per step (default 8)")
+    add("--grad_accum", type=whole_number, default=1, help="parts of a step's batch (default 1)")
+    add("--lrs", type=rates, default="1e-3,2e-3,4e-3", help="to choose from; or one")
+    add("--memory_lrs", type=rates, default="1e-2,3e-2,1e-1", help="of banks: the same")
+    add("--rate_tokens", type=whole_number, help="of a run that chooses (default: --tokens)")
+    add("--weight_decay", type=real_number, default=0.1, help="(default 0.1)")
+
+    # The machine, and what is written.
+    add("--device", help="cpu, cuda or mps (default: the best there is)")
+    add("--jobs", type=whole_number, help="runs at a time (default: a CPU's cores, else 1)")
+    add("--results", type=common.new_file(".jsonl"), default="results.jsonl", help="finished runs")
+    add("--levels", type=whole_numbers, default=[], help="new-text perplexities to compare at")
+    add("--plot", type=common.new_file(".svg", ".png"), help="draw new against old to this file")
     return parser.parse_args()
 
 
-def make_configs(args: argparse.Namespace, base: GPT) -> list[dict]:
-    """What defines a run, for each of --methods, but for its learning rate and seed.
-
-    ValueError for what cannot be.
-    """
-    device, names = (
-        pick_device(args.device),
-        (
-            "tokens",
-            "memory_lr",
-            "weight_decay",
-            "train",
-            "n_new",
-            "batch_size",
-            "grad_accum",
-            "valid_tokens",
-            "old_dataset",
-        ),
-    )
-    common = {"base": identity(base), "dataset": args.dataset, "device": device.type}
-    common["dtype"] = "bfloat16" if has_bf16(device) else "float32"
-    common |= {name: getattr(args, name) for name in names}
-    memory, configs = {name: getattr(args, name) for name in ("n_keys", "top_k", "d_latent")}, []
-    for method, options in parse(args.methods):
-        own = memory if method in HAVE_MEMORY else {}
-        with torch.device("meta"):  # refuses what cannot be, before anything is trained
-            trial = {"lesa": "average", "opt-deus": "average"}.get(
-                method, method
-            )  # these two compute with weights
-            set_trainable(*build(type(base)(base.config), trial, options, args.n_new, own))
-        if method == "lesa":
-            baselines.check_triples(base)
-        values = (
-            ",".join(map(str, v)) if isinstance(v, list) else str(v) for v in options.values()
-        )
-        name = method + (
-            ":" + ",".join(f"{o}={v}" for o, v in zip(options, values)) if options else ""
-        )
-        config = {**common, "name": name, "method": method, "options": options, "memory": own}
-        configs += [config] if config not in configs else []
-    return configs
-
-
-def open_base(args: argparse.Namespace) -> tuple[GPT, str]:
-    """The base and its tokenizer. Fills in of args what the base says. Raises ValueError."""
+def open_base(args: argparse.Namespace) -> tuple[GPT, dict]:
+    """The base, and what its file says of it. Raises ValueError if it is none."""
     base, info = open_model(args.base, args.data_dir or "data")
     check_vocabulary(info["tokenizer"], base.config.vocab_size)
     if base.config.new:
         raise ValueError(f"{args.base} is up-scaled already; name the base that it was made of")
-    args.dataset = args.dataset or info.get("dataset")
-    if args.dataset is None:
+    return limit_window(base), info
+
+
+def complete(method: Method, args: argparse.Namespace, n_layer: int) -> None:
+    """Adds to a method's options what the command says for all methods."""
+    if "positions" not in method.options:
+        method.options.setdefault("n_new", args.n_new or max(1, n_layer // 2))
+    if method.name in WITH_MEMORY:
+        for name in ("n_keys", "top_k", "d_latent"):
+            method.options.setdefault(name, getattr(args, name))
+
+
+def refuse_impossible(base: GPT, method: Method) -> None:
+    """Raises ValueError for a method that cannot be, before anything is trained."""
+    if method.name == "lesa":
+        baselines.check_triples(base)
+
+    # Two methods compute with weights, which there are none of here; a third places blocks alike.
+    name = "average" if method.name in ("lesa", "opt-deus") else method.name
+    with torch.device("meta"):
+        model, new = build(type(base)(base.config), name, method.options)
+        set_trainable(model, new)
+
+
+def find_texts(args: argparse.Namespace, info: dict, threads: int, show: bool) -> Places:
+    """Where the texts are. Raises ValueError if nothing says what to train on."""
+    dataset = args.dataset or info.get("dataset")
+    if dataset is None:
         raise ValueError(f"{args.base} does not say what it was trained on; give --dataset")
-    args.data_dir = os.path.abspath(args.data_dir or info.get("data_dir", "data"))
-    args.old_data_dir = os.path.abspath(args.old_data_dir or args.data_dir)
-    args.n_new = args.n_new or max(1, base.config.n_layer // 2)
-    return base, info["tokenizer"]
+    data_dir = os.path.abspath(args.data_dir or info.get("data_dir", "data"))
+    return Places(
+        base=args.base,
+        dataset=dataset,
+        data_dir=data_dir,
+        old_dataset=args.old_dataset,
+        old_data_dir=os.path.abspath(args.old_data_dir or data_dir),
+        facts=args.facts,
+        threads=threads,
+        show=show,
+    )
 
 
-def measure_base(base: GPT, tokenizer: str, data: dict, args: argparse.Namespace) -> dict:
-    """The base's own perplexities, printed: what every method is measured by."""
-    valid = data["valid"].tokens[: args.valid_tokens + 1]
-    figures = {"valid": perplexity(*sum_nll(base, valid))}
-    line = f"validation ({len(valid) - 1:,} tokens) {figures['valid']:.2f}"
-    if not args.screen:
-        figures["test_perplexity"] = perplexity(*sum_nll(base, data["test"].tokens))
-        line += f", test {figures['test_perplexity']:.2f}"
-        if len(data["train"].tokens) < 2e7:  # larger ones would take gigabytes
-            trigram = trigram_perplexity(data["train"].tokens, data["test"].tokens)
-            line += f"; a trigram model, test {trigram:.2f}"
-    old = old_text(vars(args), tokenizer, args.old_data_dir)
-    if old is not None:
-        line += f"; old text {perplexity(*sum_nll(base, old)):.2f}"
-    print(f"\ntoken-level perplexity; base {args.base}: {line}\n")
-    return figures
+def identify(base: GPT, tokenizer: str, places: Places) -> dict[str, str | None]:
+    """What names the base and the texts in a Run, whatever they are called on this machine.
+
+    Texts are tokenized here, once for all runs.
+    """
+    digest = hashlib.sha256(repr(dataclasses.asdict(base.config)).encode())
+    for tensor in base.state_dict().values():
+        digest.update(tensor.cpu().numpy().tobytes())
+    names = {"base": digest.hexdigest(), "old_text": None, "questions": None}
+    new = load_dataset(places.dataset, tokenizer, places.data_dir)
+    names["new_text"] = new["train"].identity
+    if places.old_dataset is not None:
+        old = load_dataset(places.old_dataset, tokenizer, places.old_data_dir, ("valid", "test"))
+        names["old_text"] = old["valid"].identity
+    if places.facts is not None:
+        names["questions"] = common.file_sha256(os.path.join(places.facts, "questions.jsonl"))
+    return names
+
+
+def first_run(method: Method, args: argparse.Namespace, names: dict, device: torch.device) -> Run:
+    """A run of this method, which has no rates yet."""
+    of_the_run = ("tokens", "lr", "memory_lr")  # these options do not shape the model
+    options = {name: o for name, o in method.options.items() if name not in of_the_run}
+    return Run(
+        **names,
+        method=method.name,
+        options=options,
+        train=args.train,
+        tokens=method.options.get("tokens", args.tokens),
+        batch_size=args.batch_size,
+        grad_accum=args.grad_accum,
+        lr=0.0,
+        memory_lr=None,
+        weight_decay=args.weight_decay,
+        eval_tokens=args.eval_tokens,
+        n_points=5,
+        split=args.split,
+        seed=1,
+        device=device.type,
+        dtype="bfloat16" if common.has_bf16(device) else "float32",
+    )
+
+
+def refuse_flags(args: argparse.Namespace) -> None:
+    """Raises ValueError for flags that do not go together."""
+    if args.plot:
+        need_matplotlib()
+    if (args.plot or args.levels) and args.old_dataset is None:
+        raise ValueError("--plot and --levels tell new from old text; give --old_dataset")
+    if args.batch_size % args.grad_accum:
+        raise ValueError("--grad_accum must divide --batch_size")
 
 
 def main() -> None:
     args = parse_arguments()
-    device = pick_device(args.device)
-    args.jobs = args.jobs or (os.cpu_count() or 1 if device.type == "cpu" else 1)
-    if args.plot:
-        need_matplotlib()
-    if args.batch_size % args.grad_accum:
-        raise ValueError("--grad_accum must divide --batch_size")
-    base, tokenizer = open_base(args)
-    configs = make_configs(args, base)
+    refuse_flags(args)
+    device = common.pick_device(args.device)
+    cores = os.cpu_count() or 1 if device.type == "cpu" else 1
+    jobs = args.jobs or cores
+
+    # The base, and what is to be made of it.
+    base, info = open_base(args)
+    methods = [read_method(label) for label in args.methods]
+    for method in methods:
+        complete(method, args, base.config.n_layer)
+        refuse_impossible(base, method)
     done = read_results(args.results)
-    size = sum(p.numel() for p in base.parameters())
-    print(
-        f"{len(configs)} methods on {args.base} ({size:,} parameters, {args.dataset}, "
-        f"{tokenizer}), {args.tokens:,} tokens each, on {device}, {configs[0]['dtype']}, "
-        f"{args.jobs} at a time"
-    )
+    places = find_texts(args, info, threads=max(1, cores // jobs), show=jobs == 1)
+    names = identify(base, info["tokenizer"], places)
+    first = {method.label: first_run(method, args, names, device) for method in methods}
 
-    # Text is tokenized once, before the workers.
-    data = load_dataset(args.dataset, tokenizer, args.data_dir)
-    for c in configs:
-        c["text"] = data["train"].identity
+    size = count(base.parameters())
+    dtype = next(iter(first.values())).dtype
+    print(f"{len(methods)} methods on {args.base}: {size:,} parameters, {device}, {dtype},")
+    print(f"{args.tokens:,} tokens of {places.dataset} each, {jobs} runs at a time")
 
-    # The learning rates on seed 0, then the runs that count.
-    lrs = args.lrs
-    if len(lrs) > 1:
-        grid = [{**c, "lr": lr, "seed": 0, "test": False} for c in configs for lr in lrs]
-        run_all(grid, args, done)
-    finals = []
-    for c in configs:
-        lr = best_lr(c, lrs, done) if len(lrs) > 1 else lrs[0]
-        seeds = range(1, args.seeds + 1) if lr is not None else ()
-        finals += [{**c, "lr": lr, "seed": seed, "test": not args.screen} for seed in seeds]
-    run_all(finals, args, done)
+    # The rates, on a seed and a split of their own.
+    def make_them(runs: list[Run]) -> None:
+        make_all(runs, places, jobs, args.results, done)
 
-    rows = []
-    for c in configs:
-        runs = [find(f, done) for f in finals if f["name"] == c["name"]]
-        rows += [summarise(runs)] if runs else []
-    figures = measure_base(base.to(device), tokenizer, data, args)
-    print_rows(rows, figures)
+    rates_of = choose_rates(methods, first, args, done, make_them)
+
+    # The runs that count.
+    finals = {}
+    for label, run in first.items():
+        run = vary(run, *rates_of[label])
+        finals[label] = [dataclasses.replace(run, seed=seed + 1) for seed in range(args.seeds)]
+    make_them([run for runs in finals.values() for run in runs])
+    rows = {label: [find(run, done) for run in runs] for label, runs in finals.items()}
+
+    # What it comes to, beside the base.
+    any_run = next(iter(first.values()))
+    yardstick = make_yardstick(any_run, places, info["tokenizer"], base.config.block_size)
+    at_start = yardstick.measure(base.to(device))
+    print(f"\ntoken-level perplexity, {args.split} splits, {args.eval_tokens:,} tokens of each\n")
+    print_rows(at_start, rows, args.levels)
     if args.plot:
-        plot(rows, figures, args.plot)
+        plot(at_start, rows, args.plot)
 
 
 if __name__ == "__main__":
-    run_command(main)
+    common.run_command(main)
