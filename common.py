@@ -10,6 +10,7 @@ import hashlib
 import http.client
 import math
 import os
+import shutil
 import signal
 import sys
 import threading
@@ -28,26 +29,54 @@ DOWNLOAD_TIMEOUT = 30  # seconds without a byte, after which a download gives up
 
 # ---- Devices -------------------------------------------------------------------------------------
 def pick_device(name: str | None = None) -> torch.device:
-    """The device called `name`, or the best there is. Raises ValueError if the machine lacks it."""
-    # From the best to the one that is always there.
+    """The device called `name`; without a name a GPU if there is one, else the CPU.
+
+    Raises ValueError if the machine lacks it, or has an NVIDIA card that torch cannot use.
+    """
     available = []
     if torch.cuda.is_available():
         available.append("cuda")
         available += [f"cuda:{i}" for i in range(torch.cuda.device_count())]
+    available.append("cpu")
+    best = available[0]
+
+    # A Mac's GPU has to be asked for: nobody has tried this there yet, and several versions of
+    # torch computed attention wrongly on it (PyTorch issues 163597, 170837, 181133).
     if torch.backends.mps.is_available():
         available.append("mps")
-    available.append("cpu")
 
-    if name is not None and name not in available:
+    if name is None:
+        if best == "cpu":
+            refuse_idle_card()
+        return torch.device(best)
+    if name not in available:
         choices = ", ".join(available)
         raise ValueError(f"device {name} is not available here; choose from {choices}")
-    return torch.device(name or available[0])
+    if name == "mps":
+        print("mps: not tried yet; compare a short run with --device cpu, and tell what you saw")
+    return torch.device(name)
+
+
+def refuse_idle_card() -> None:
+    """Raises ValueError if there is an NVIDIA card that this torch was built for and cannot use.
+
+    Else GPT-2 would be trained on the CPU without a word, which takes weeks.
+    """
+    has_card = os.path.exists("/proc/driver/nvidia/version") or shutil.which("nvidia-smi")
+    if torch.version.cuda is None or not has_card:
+        return
+    version = f"CUDA {torch.version.cuda}"
+    raise ValueError(
+        f"this torch, built for {version}, cannot use the NVIDIA card: its driver may be too old; "
+        "install a torch for older drivers (pip install torch --index-url "
+        "https://download.pytorch.org/whl/cu126), or say --device cpu"
+    )
 
 
 def has_bf16(device: torch.device) -> bool:
     """Whether the hardware computes in bf16 (elsewhere it is emulated, slower than fp32)."""
     if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
+        return torch.cuda.get_device_capability(device) >= (8, 0)  # Ampere and newer
     if device.type == "cpu":
         # torch asks the processor, but in a private function that a release may move.
         ask_processor = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: False)
@@ -69,15 +98,30 @@ def peak_memory(device: torch.device) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
+def reset_peak_memory(device: torch.device) -> None:
+    """Begins peak_memory() anew, where that can be."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+
+
 # ---- Processes -----------------------------------------------------------------------------------
 # torchrun starts several processes of a script. Each trains on its part of every batch; the first,
 # rank 0, does whatever is done once: it evaluates, prints and writes files.
 def join_processes(device: torch.device) -> torch.device:
-    """Meets the other processes that torchrun has started, if any; returns this one's device."""
+    """Meets the other processes that torchrun has started, if any; returns this one's device.
+
+    Raises ValueError if there is no device for it.
+    """
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:
         return device
+    if device.type == "mps":
+        raise ValueError("torchrun needs CUDA, or --device cpu; a Mac's GPU serves one process")
     if device.type == "cuda":
-        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        number = int(os.environ["LOCAL_RANK"])
+        cards = torch.cuda.device_count()
+        if number >= cards:
+            raise ValueError(f"there are {cards} GPUs; start no more processes: --nproc_per_node")
+        device = torch.device("cuda", number)
         torch.cuda.set_device(device)
 
     # The others wait while rank 0 tokenizes or evaluates, which may take hours.
@@ -315,6 +359,15 @@ def add_flags(parser: argparse.ArgumentParser, settings_class: type) -> None:
             options["action"] = argparse.BooleanOptionalAction
         options.update(field.metadata["options"])
         group.add_argument(f"--{field.name}", **options)
+
+
+def print_table(header: list[str], rows: list[list[str]]) -> None:
+    """A table in Markdown whose columns stand under each other, so that it reads as text too."""
+    widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
+    rule = ["-" * width for width in widths]
+    for row in [header, rule, *rows]:
+        cells = [cell.ljust(width) for cell, width in zip(row, widths)]
+        print("| " + " | ".join(cells) + " |")
 
 
 # ---- How a command ends --------------------------------------------------------------------------

@@ -61,6 +61,7 @@ Deliberately missing: a query projection (the head's output *is* the query), 1/s
 (keys start that small), an output projection or gate, any mixing between heads.
 """
 
+import math
 import warnings
 
 import torch
@@ -156,7 +157,8 @@ class ProductKeys(nn.Module):
 
     def forward(self, query: Tensor) -> tuple[Tensor, Tensor]:
         """query (B, T, H, d_h) -> weights, fp32, each k summing to 1, and slots: (B, T, H, k)."""
-        # In fp32 under autocast too: scores in bf16 would change 13% of the sets of k=8 slots.
+        # In fp32 under autocast too: scores in bf16 would change 13% of the sets of k=8 slots. But
+        # where torch is set to use TF32, it does so here: 0.6% of the sets of k=16 (simulated).
         with torch.autocast(query.device.type, enabled=False):
             query = query.float()
             if self.query_norm:
@@ -317,13 +319,41 @@ warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta"
 
 
 def topk(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """plain_topk by a sort in numpy, for short rows of fp32 on a CPU. Without it: 1.09."""
-    short_rows_on_cpu = scores.device.type == "cpu" and scores.size(-1) <= 256
-    plain = torch.compiler.is_compiling() or np is None
-    if plain or not short_rows_on_cpu or scores.dtype != torch.float32:
+    """plain_topk: on a CPU by a sort in numpy, compiled for a GPU by rounds; for short rows."""
+    compiling = torch.compiler.is_compiling()
+    short_rows = scores.size(-1) <= 256
+    if compiling and scores.is_cuda and short_rows:
+        return topk_by_rounds(scores, k)
+    sortable = scores.device.type == "cpu" and scores.dtype == torch.float32
+    if compiling or np is None or not sortable or not short_rows:
         return plain_topk(scores, k)
+
+    # Without it: 1.09.
     order = np.argsort(scores.detach().numpy(), axis=-1)  # (..., n), worst first
     places = torch.from_numpy(order[..., -k:]).flip(-1)  # (..., k), best first
+    return scores.gather(-1, places), places
+
+
+def topk_by_rounds(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """plain_topk as k rounds of a search for the largest that is left.
+
+    torch.compile can make one kernel of all rounds, which reads a row once; topk on CUDA takes a
+    thread block for a row. [not measured yet: experiments/gpu.py]
+    """
+    n = scores.size(-1)
+    every_place = torch.arange(n, device=scores.device)  # (n,)
+    row = scores.detach()
+    taken = torch.zeros_like(row, dtype=torch.bool)  # (..., n)
+    places = []
+    for _ in range(k):
+        # The largest that is left, and the first place that has it. NaN is larger than all, as in
+        # topk, and equal to nothing; a place that is taken does not come again for its -inf.
+        largest = row.masked_fill(taken, -math.inf).amax(dim=-1, keepdim=True)  # (..., 1)
+        has_it = (row == largest) | (row.isnan() & largest.isnan())  # (..., n)
+        place = every_place.where(has_it & ~taken, n).amin(dim=-1, keepdim=True)  # (..., 1)
+        taken = taken | (every_place == place)
+        places.append(place)
+    places = torch.cat(places, dim=-1)  # (..., k), best first
     return scores.gather(-1, places), places
 
 

@@ -23,6 +23,7 @@ from types import ModuleType
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from common import download, one_line, written_whole
 from hml import HeadwiseMemory
@@ -118,6 +119,8 @@ class AttentionHeads(nn.Module):
                     q.to(wide), k.to(wide), v.to(wide), is_causal=causal
                 ).to(q.dtype)
         else:
+            if q.device.type == "mps":  # on views the result was wrong (PyTorch issue 163597)
+                q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
             y = F.scaled_dot_product_attention(q, k, v, is_causal=causal)
         return y.transpose(1, 2)  # (B, H, T, d_h) -> (B, T, H, d_h)
 
@@ -204,6 +207,22 @@ class MemoryBlock(nn.Module):
 BLOCKS = {"T": TransformerBlock, "M": MemoryBlock}
 
 
+def aligned_product(x: Tensor, weight: Tensor) -> Tensor:
+    """F.linear(x, weight) for GPUs: x (..., C), weight (vocab, C) -> (..., vocab).
+
+    Tensor cores want multiples of 64, and GPT-2 has 50,257 tokens. So the weight is made longer for
+    the product, and the logits are cut.
+    """
+    vocab = weight.size(0)
+    longer = F.pad(weight, (0, 0, 0, -vocab % 64))
+    return F.linear(x, longer)[..., :vocab]
+
+
+def head_product(x: Tensor, weight: Tensor) -> Tensor:
+    """x (..., C), weight (vocab, C) -> logits (..., vocab)."""
+    return aligned_product(x, weight) if x.is_cuda else F.linear(x, weight)
+
+
 class GPT(nn.Module):
     """A stack of blocks between token embeddings and the head that shares their weights."""
 
@@ -238,9 +257,30 @@ class GPT(nn.Module):
         return self.wte(tokens) + self.wpe(positions)
 
     def logits(self, x: Tensor) -> Tensor:
-        """x (B, T, C), what leaves the stack, normalised -> (B, T, vocab)."""
+        """x (..., C), what leaves the stack, normalised -> (..., vocab)."""
         # A token's logit is the dot product of its embedding with the stack's output.
-        return F.linear(x, self.wte.weight)
+        return head_product(x, self.wte.weight)
+
+    def loss(self, x: Tensor, targets: Tensor, logits_at_once: int = 2**26) -> Tensor:
+        """x (B, T, C), what leaves the stack, normalised; targets (B, T) -> mean loss, in nats."""
+        x = x.flatten(0, 1)  # (B * T, C)
+        targets = targets.flatten()  # (B * T,)
+        if x.size(0) * self.config.vocab_size <= logits_at_once:
+            return F.cross_entropy(self.logits(x).float(), targets)
+
+        # Logits exist in bf16, in fp32 and as a softmax: of GPT-2's vocabulary 0.6 GiB per sequence
+        # of 1,024 tokens. So they are made in chunks of rows, and made again for the backward pass.
+        total = torch.zeros((), device=x.device)
+        rows = max(1, logits_at_once // self.config.vocab_size)
+        for part, wanted in zip(x.split(rows), targets.split(rows)):
+            total = total + checkpoint(
+                self.summed_loss, part, wanted, use_reentrant=False, preserve_rng_state=False
+            )
+        return total / len(targets)
+
+    def summed_loss(self, x: Tensor, targets: Tensor) -> Tensor:
+        """x (R, C), targets (R,) -> their summed loss."""
+        return F.cross_entropy(self.logits(x).float(), targets, reduction="sum")
 
     def forward(
         self, tokens: Tensor, targets: Tensor | None = None, cache: list[dict] | None = None
@@ -270,11 +310,11 @@ class GPT(nn.Module):
             x = x.to(block.ln_1.weight.dtype)
             x = block(x, cache[i] if cache is not None else None)  # (B, T, C)
             x = x.to(stream)
-        logits = self.logits(self.ln_f(x))  # (B, T, vocab)
+        x = self.ln_f(x)
 
         if targets is None:
-            return logits
-        return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten())
+            return self.logits(x)  # (B, T, vocab)
+        return self.loss(x, targets)
 
     @torch.no_grad()
     def generate(

@@ -21,6 +21,7 @@ import math
 import os
 import time
 from contextlib import nullcontext
+from importlib.util import find_spec
 
 import torch
 from torch import Tensor
@@ -73,7 +74,7 @@ class Settings(NewBlocks):
     tokens: int = flag("training tokens (for GPT-2 one epoch)", group="training")
     block_size: int = flag("tokens in a sequence")
     batch_size: int = flag("sequences in an optimizer step")
-    grad_accum: int = flag("parts that a step's batch is cut in, to save memory")
+    grad_accum: int = flag("parts of a step's batch (on a GPU: as few as its memory allows)")
     lr: float = flag("peak learning rate")
     memory_lr: float = flag("peak learning rate of memory banks")
     weight_decay: float = flag("of matrices, never of banks", 0.1)
@@ -90,7 +91,7 @@ class Settings(NewBlocks):
         group="machine",
         choices=DTYPES,
     )
-    compile: bool = flag("torch.compile the model", False)
+    compile: bool = flag("torch.compile the model (default: on CUDA, where Triton is)")
 
     def steps(self) -> int:
         return max(1, self.tokens // (self.batch_size * self.block_size))
@@ -296,7 +297,8 @@ def train(
     eval_every = settings.eval_every or max(1, steps // 10)
     save_every = settings.save_every or max(1, steps // 10)
 
-    # What it is going to do.
+    # What it is going to do. What was allocated before does not count as the training's memory.
+    common.reset_peak_memory(device)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     tokenizer = os.path.basename(settings.tokenizer)
     text = f"{settings.tokens:,} tokens of {settings.dataset} ({tokenizer})"
@@ -390,7 +392,8 @@ def print_table(progress: Progress, settings: Settings, valid: Split, device: to
     for row in progress.rows:
         sizes = f"{row['parameters']:14,}{row['added']:12,}{row['trained']:14,}"
         print(f"{row['label']:20}{sizes}{row['perplexity']:12.4f}")
-    # Speed counts training alone, memory everything that this process has done.
+    # Speed counts training alone. Memory: on a GPU of the training, with its validations; else of
+    # everything that this process has done.
     tokens = settings.steps() * settings.batch_size * settings.block_size
     rate = tokens / progress.seconds
     memory = common.peak_memory(device) / 2**20
@@ -469,6 +472,7 @@ def choose_settings(given: dict, base: Base, device: torch.device) -> Settings:
     settings.tokenizer = base.info.get("tokenizer", "bytes" if at_home else "gpt2")
     settings.data_dir = os.path.abspath(base.info.get("data_dir", "data"))
     settings.dtype = "bfloat16" if common.has_bf16(device) else "float32"
+    choose_for_machine(settings, device)
 
     # The flags, and what hangs on them. A base that is not up-scaled is itself what is trained.
     for name, value in given.items():
@@ -479,6 +483,13 @@ def choose_settings(given: dict, base: Base, device: torch.device) -> Settings:
         settings.lr = given.get("lr", settings.base_lr)
         settings.tokens = given.get("tokens", settings.base_tokens)
     return settings
+
+
+def choose_for_machine(settings: Settings, device: torch.device) -> None:
+    """What a GPU does otherwise than a CPU, where no flag says."""
+    if device.type != "cpu":
+        settings.grad_accum = None  # as few parts as fit: see parts_that_fit()
+    settings.compile = device.type == "cuda" and find_spec("triton") is not None
 
 
 def drop_useless_settings(settings: Settings, base: Base, given: dict) -> None:
@@ -503,8 +514,11 @@ def drop_useless_settings(settings: Settings, base: Base, given: dict) -> None:
             setattr(settings, name, None)
 
 
-def refuse_contradictions(settings: Settings, base: Base) -> None:
-    """Raises ValueError for settings that cannot be together."""
+def refuse_contradictions(settings: Settings, base: Base) -> GPT:
+    """Raises ValueError for settings that cannot be together.
+
+    Returns the model that they ask for, without memory for its weights.
+    """
     # A base reads the tokens that it was trained on, no more of them at once than it has positions.
     theirs = base.info.get("tokenizer", settings.tokenizer)
     if settings.tokenizer != theirs:
@@ -524,6 +538,29 @@ def refuse_contradictions(settings: Settings, base: Base) -> None:
         if settings.upscale != "none":
             model = deepen(model, settings)
         set_trainable(model, settings.train)
+    return model
+
+
+def parts_that_fit(model: GPT, settings: Settings, device: torch.device) -> int:
+    """In how many parts a GPU has to take a step's batch; by a rough count, on the safe side."""
+    if device.type == "mps":
+        sequences = 8  # of more, logits were wrong in several versions (PyTorch issue 109457)
+    else:
+        # Weights, gradients and AdamW's two averages, all fp32; a GiB for CUDA and for logits.
+        # Then, in bf16, what a block keeps for the backward pass: about 60 bytes per token and unit
+        # of width (`bench.py --tables saved` counts it); in fp32 twice as much.
+        free, _ = torch.cuda.mem_get_info(device)
+        weights = 16 * sum(parameter.numel() for parameter in model.parameters())
+        size = 60 if settings.dtype == "bfloat16" else 120
+        one = size * settings.block_size * model.config.n_embd * model.config.n_layer
+        sequences = max(1, int(0.8 * (free - weights - 2**30) / one))
+
+    # The fewest equal parts of which none holds more.
+    batch = settings.batch_size // common.process_count()
+    for parts in range(1, batch + 1):
+        if batch % parts == 0 and batch // parts <= sequences:
+            return parts
+    return max(1, batch)
 
 
 def refuse_uneven_parts(settings: Settings) -> None:
@@ -534,7 +571,7 @@ def refuse_uneven_parts(settings: Settings) -> None:
         raise ValueError(f"{factor} must divide the batch of {settings.batch_size}")
 
 
-def settings_on_resume(saved: dict, given: dict, out: str) -> Settings:
+def settings_on_resume(saved: dict, given: dict, out: str, device: torch.device) -> Settings:
     """The settings that the run in out was begun with. Only the machine's may be others now."""
     names = {field.name for field in dataclasses.fields(Settings)}
     if "step" not in saved or names != set(saved.get("settings", ())):
@@ -543,6 +580,7 @@ def settings_on_resume(saved: dict, given: dict, out: str) -> Settings:
 
     # A flag may repeat what the checkpoint says; it may not say something else.
     settings = Settings(**saved["settings"])
+    choose_for_machine(settings, device)
     for name, value in given.items():
         begun_with = getattr(settings, name)
         if name not in OF_THE_MACHINE and value != begun_with:
@@ -640,13 +678,15 @@ def main() -> None:
     # Settings. Whatever can be refused is refused here, before anything long begins.
     if arguments.resume:
         model, saved = load_checkpoint(out)
-        settings = settings_on_resume(saved, given, out)
+        settings = settings_on_resume(saved, given, out, device)
     else:
         refuse_existing_files(out, arguments.overwrite)
         base = find_base(given)
         settings = choose_settings(given, base, device)
         drop_useless_settings(settings, base, given)
-        refuse_contradictions(settings, base)
+        model = refuse_contradictions(settings, base)
+    if settings.grad_accum is None:
+        settings.grad_accum = parts_that_fit(model, settings, device)
     refuse_uneven_parts(settings)
 
     # Text. A first batch refuses a split that is too short.
@@ -656,6 +696,8 @@ def main() -> None:
     get_batch(text.tokens, 0, settings.batch_size, settings.block_size, settings.seed)
     settings.tokens = settings.tokens or len(text.tokens)  # one epoch
     print_settings(settings)
+    if device.type == "cuda" and not common.has_bf16(device):
+        print("this card does not compute in bf16: it trains in fp32 (fp16 is not offered)")
 
     if arguments.resume:
         progress = progress_on_resume(saved, text, out)

@@ -483,14 +483,23 @@ def best(runs: dict[float, Run], done: list[dict], label: str, what: str) -> flo
     return rate
 
 
+@dataclasses.dataclass
+class Choice:
+    """The rates of a method, and the runs that chose them."""
+
+    lr: float
+    memory_lr: float | None
+    trials: list[Run]
+
+
 def choose_rates(
     methods: list[Method],
     first: dict[str, Run],
     args: argparse.Namespace,
     done: list[dict],
     make_them: Callable[[list[Run]], None],
-) -> dict[str, tuple[float, float | None]]:
-    """lr and the bank's rate of each method, by label. first: a run of each, to be varied."""
+) -> dict[str, Choice]:
+    """What is best for each method, by label. first: a run of each, to be varied."""
     # Trials have a seed and a split of their own, and may be shorter.
     trials = {}
     for label, run in first.items():
@@ -518,7 +527,13 @@ def choose_rates(
         trial = trials[method.label]
         of_bank[method.label] = {bank: vary(trial, lr_of[method.label], bank) for bank in banks}
     bank_of = make_and_choose(of_bank, "banks", done, make_them)
-    return {label: (lr_of[label], bank_of[label]) for label in first}
+
+    choices = {}
+    for label in first:
+        runs = [*of_lr[label].values(), *of_bank[label].values()]
+        made = [run for run in runs if find(run, done) is not None]
+        choices[label] = Choice(lr_of[label], bank_of[label], made)
+    return choices
 
 
 def make_and_choose(
@@ -579,21 +594,34 @@ def old_at(curve: list[dict], level: float) -> float | None:
     return None
 
 
-def print_table(header: list[str], rows: list[list[str]]) -> None:
-    """A table in Markdown whose columns stand under each other, so that it reads as text too."""
-    widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
-    rule = ["-" * width for width in widths]
-    for row in [header, rule, *rows]:
-        cells = [cell.ljust(width) for cell, width in zip(row, widths)]
-        print("| " + " | ".join(cells) + " |")
+def front(points: list[dict]) -> list[dict]:
+    """Those that no other beats on both texts, from the least learned to the most."""
+    kept = []
+    for point in sorted(points, key=lambda point: point["new"]):
+        if not kept or point["old"] < kept[-1]["old"]:
+            kept.append(point)
+    return kept[::-1]
 
 
-def print_rows(base: dict, rows: dict[str, list[dict]], levels: list[int]) -> None:
+def print_costs(choices: dict[str, Choice], done: list[dict], levels: list[int]) -> None:
+    """What the new text costs: a column for each level, over the rates that were tried."""
+    lines = []
+    for label, choice in choices.items():
+        trials = [find(run, done) for run in choice.trials]
+        ends = front([trial["points"][-1] for trial in trials if not trial["diverged"]])
+        costs = [old_at(ends, level) for level in levels]
+        line = [label, *("-" if cost is None else f"{cost:.1f}" for cost in costs)]
+        lines.append(line)
+    print("\nWhat the new text costs: perplexity on the old one where the new has come down to")
+    print("this, between the ends of runs with several rates (seed 0, validation splits)\n")
+    common.print_table(["new blocks", *map(str, levels)], lines)
+
+
+def print_rows(base: dict, rows: dict[str, list[dict]]) -> None:
     """The table: the base, then each method by its label, with its runs."""
     more = [name for name in ("old", "recall") if name in base]
     header = ["new blocks", "added M", "trained M", "lr", "banks", "start", "new text"]
     header += ["old text" if name == "old" else "facts known" for name in more]
-    header += [f"old at {level}" for level in levels]
     header += ["slots ever best", "tokens/s"]
     first = ["(base)", "", "", "", "", "", f"{base['new']:.2f}"]
     first += [f"{base[name]:.2f}" for name in more]
@@ -609,18 +637,12 @@ def print_rows(base: dict, rows: dict[str, list[dict]], levels: list[int]) -> No
         line.append(f"{one['points'][0]['new']:.2f}")
         for name in ("new", *more):
             line.append(mean_and_spread([run["points"][-1][name] for run in ended]))
-        curve = curve_of(runs)
-        for level in levels:
-            old = old_at(curve, level)
-            line.append("-" if old is None else f"{old:.2f}")
         used = ended[0]["points"][-1].get("used", []) if ended else []
         line.append(" / ".join(f"{100 * share:.0f}" for share in used) + (" %" if used else ""))
         line.append(f"{statistics.mean(run['rate'] for run in runs):,.0f}")
         lines.append(line)
-    print_table(header, lines)
+    common.print_table(header, lines)
     print("\n±: half the range over seeds. start: the new text before training.")
-    if levels:
-        print("old at L: the old text when the new one has come down to L, between two points.")
 
 
 def plot(base: dict, rows: dict[str, list[dict]], path: str) -> None:
@@ -694,7 +716,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--device", help="cpu, cuda or mps (default: the best there is)")
     add("--jobs", type=whole_number, help="runs at a time (default: a CPU's cores, else 1)")
     add("--results", type=common.new_file(".jsonl"), default="results.jsonl", help="finished runs")
-    add("--levels", type=whole_numbers, default=[], help="new-text perplexities to compare at")
+    add("--levels", type=whole_numbers, default=[], help="of the new text, to compare the old at")
     add("--plot", type=common.new_file(".svg", ".png"), help="draw new against old to this file")
     return parser.parse_args()
 
@@ -827,12 +849,12 @@ def main() -> None:
     def make_them(runs: list[Run]) -> None:
         make_all(runs, places, jobs, args.results, done)
 
-    rates_of = choose_rates(methods, first, args, done, make_them)
+    choices = choose_rates(methods, first, args, done, make_them)
 
     # The runs that count.
     finals = {}
     for label, run in first.items():
-        run = vary(run, *rates_of[label])
+        run = vary(run, choices[label].lr, choices[label].memory_lr)
         finals[label] = [dataclasses.replace(run, seed=seed + 1) for seed in range(args.seeds)]
     make_them([run for runs in finals.values() for run in runs])
     rows = {label: [find(run, done) for run in runs] for label, runs in finals.items()}
@@ -842,7 +864,9 @@ def main() -> None:
     yardstick = make_yardstick(any_run, places, info["tokenizer"], base.config.block_size)
     at_start = yardstick.measure(base.to(device))
     print(f"\ntoken-level perplexity, {args.split} splits, {args.eval_tokens:,} tokens of each\n")
-    print_rows(at_start, rows, args.levels)
+    print_rows(at_start, rows)
+    if args.levels:
+        print_costs(choices, done, args.levels)
     if args.plot:
         plot(at_start, rows, args.plot)
 

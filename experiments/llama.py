@@ -37,7 +37,15 @@ from torch import Tensor, nn
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 import common
 from data import make_encoding
-from model import GPT, GPTConfig, MemoryBlock, TransformerBlock, extend_cache, memory_of
+from model import (
+    GPT,
+    GPTConfig,
+    MemoryBlock,
+    TransformerBlock,
+    extend_cache,
+    head_product,
+    memory_of,
+)
 
 
 @dataclass
@@ -115,6 +123,8 @@ class LlamaHeads(nn.Module):
         # Query heads h * H/K to (h + 1) * H/K - 1 share head h of keys and values.
         k = k.repeat_interleave(H // K, dim=1)  # (B, H, T, d_h)
         v = v.repeat_interleave(H // K, dim=1)
+        if q.device.type == "mps":  # as in model.py
+            q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
         y = F.scaled_dot_product_attention(q, k, v, is_causal=q.size(2) > 1)
         return y.transpose(1, 2)  # (B, H, T, d_h) -> (B, T, H, d_h)
 
@@ -186,7 +196,7 @@ class Llama(GPT):
 
     def logits(self, x: Tensor) -> Tensor:
         head = self.wte if self.config.tied else self.head
-        return F.linear(x, head.weight)  # (B, T, vocab)
+        return head_product(x, head.weight)  # (..., vocab)
 
 
 # ---- Weights -------------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ import argparse
 import hashlib
 import http.server
 import os
+import shutil
 import threading
 
 import pytest
@@ -11,6 +12,8 @@ import torch
 
 from common import (
     download,
+    has_bf16,
+    join_processes,
     new_file,
     pick_device,
     run_command,
@@ -134,6 +137,51 @@ def test_flags_are_read_or_refused(tmp_path, monkeypatch):
 def test_unavailable_device_is_refused():
     with pytest.raises(ValueError, match="device tpu is not available here; choose from .*cpu"):
         pick_device("tpu")
+
+
+def test_an_nvidia_card_that_torch_cannot_use_is_told(monkeypatch):
+    """Else GPT-2 would be trained on the CPU without a word."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(shutil, "which", lambda name: f"/usr/bin/{name}")
+    with pytest.raises(ValueError, match="cu126.*--device cpu"):
+        pick_device()
+    assert pick_device("cpu").type == "cpu"
+
+    # Without a card, or with a torch for CPUs, there is nothing to tell.
+    monkeypatch.setattr(torch.version, "cuda", None)
+    assert pick_device().type == "cpu"
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(shutil, "which", lambda name: None)
+    monkeypatch.setattr(os.path, "exists", lambda path: False)
+    assert pick_device().type == "cpu"
+
+
+def test_on_a_mac_the_cpu_is_the_default(monkeypatch, capsys):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(torch.backends.mps, "is_available", lambda: True)
+    monkeypatch.setattr(torch.version, "cuda", None)
+    assert pick_device().type == "cpu"
+    assert pick_device("mps").type == "mps"
+    assert "not tried yet" in capsys.readouterr().out
+
+
+def test_processes_without_a_device_of_their_own(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    with pytest.raises(ValueError, match="--device cpu"):
+        join_processes(torch.device("mps"))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(ValueError, match="2 GPUs"):
+        join_processes(torch.device("cuda"))
+
+
+def test_bf16_is_asked_of_the_device_that_is_used(monkeypatch):
+    """Of two cards, an old and a new one."""
+    capability = {0: (7, 5), 1: (8, 0)}
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda d: capability[d.index])
+    assert not has_bf16(torch.device("cuda", 0))
+    assert has_bf16(torch.device("cuda", 1))
 
 
 def test_faults_end_in_a_sentence_and_bugs_in_a_traceback(capsys):

@@ -52,10 +52,10 @@ def test_bench_runs_and_prints_every_table(root, tmp_path):
 
 def test_block_costs_are_those_of_real_blocks():
     with torch.device("meta"):
-        b = bench.Bench(torch.device("meta"), torch.float32, torch.get_num_threads(), 1)
         for n, k in bench.SIZES:
             counted = bench.block_costs(512, n, k)
-            for name, block in zip(("copied", "memory"), bench.make_blocks(b, n, k)):
+            blocks = bench.make_blocks(torch.device("meta"), n, k)
+            for name, block in zip(("copied", "memory"), blocks):
                 assert counted[name]["parameters"] == sum(p.numel() for p in block.parameters())
 
 
@@ -160,3 +160,21 @@ def test_lesa_learns_what_lies_between():
     out = baselines.predict_between(slices, [3])[0]
     want = (slices[2] + slices[3]) / 2
     assert (out - want).norm() < 0.2 * want.norm()
+
+
+# ---- gpu.py --------------------------------------------------------------------------------------
+def test_the_report_for_gpus_runs_on_a_cpu(root, tmp_path):
+    """Every part but the stalls and the compiler's, which need a card."""
+    command = [sys.executable, str(root / "experiments" / "gpu.py"), "--device", "cpu", "--quick"]
+    run = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.count("### ") == 10
+    start = run.stdout.split("The start against the base")[1].split("###")[0]
+    assert [line.split("|")[2].strip() for line in start.splitlines() if "torch." in line] == [
+        "0"
+    ] * 2
+    assert "True" in run.stdout.split("Two equal runs")[1]
+    statuses = [
+        line.split("|")[2].strip() for line in run.stdout.split("A run (")[1].splitlines()[4:]
+    ]
+    assert statuses == ["130", "130", "0", "0", "0"]

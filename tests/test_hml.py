@@ -61,6 +61,31 @@ def test_the_search_for_cpus_equals_torch_topk(n):
     assert torch.equal(hml.topk(distinct, 3)[1], distinct.topk(3).indices)
 
 
+@pytest.mark.parametrize("n, k", [(2, 2), (20, 8), (64, 8), (128, 16)])
+def test_the_search_for_compiled_gpus_equals_torch_topk(n, k):
+    """Infinities, NaN and ties included; no place comes twice."""
+    generator = torch.Generator().manual_seed(n)
+    distinct = torch.randn(3, 5, n, generator=generator)
+    holes = torch.rand(3, 5, n, generator=generator)
+    some = distinct.masked_fill(holes < 0.3, -math.inf).masked_fill(holes > 0.95, math.inf)
+    for scores in (
+        distinct,
+        (distinct * 2).round(),
+        distinct.bfloat16(),
+        some,
+        some.masked_fill((holes > 0.5) & (holes < 0.6), math.nan),
+        torch.full((2, n), -math.inf),
+        torch.full((2, n), math.nan),
+    ):
+        best, places = hml.topk_by_rounds(scores, k)
+        wanted = scores.topk(k).values
+        torch.testing.assert_close(best, wanted, rtol=0, atol=0, equal_nan=True)
+        assert all(len(set(row)) == k for row in places.flatten(0, -2).tolist())
+    assert torch.equal(hml.topk_by_rounds(distinct, k)[1], distinct.topk(k).indices)
+    scores = torch.randn(4, n, dtype=torch.float64, generator=generator, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda s: hml.topk_by_rounds(s, k)[0], scores)
+
+
 def test_topk_gradients_reach_both_halves():
     row, col = torch.randn(2, 4, 9, dtype=torch.double).requires_grad_().unbind(0)
     assert torch.autograd.gradcheck(lambda r, c: product_key_topk(r, c, 3)[0], (row, col))

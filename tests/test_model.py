@@ -10,6 +10,7 @@ from model import (
     GPT,
     GPTConfig,
     MemoryBlock,
+    aligned_product,
     count_parameters,
     load_checkpoint,
     load_gpt2,
@@ -53,6 +54,44 @@ def test_forward_gives_logits_or_the_loss(model):
     loss = model(tokens, targets)
     picked = logits.log_softmax(-1).gather(-1, targets[..., None])
     torch.testing.assert_close(loss, -picked.mean())
+
+
+@pytest.mark.parametrize("logits_at_once", [50, 170, 1700])  # 1, 3 and 34 of 36 rows
+def test_the_loss_in_chunks_is_the_loss(model, logits_at_once):
+    """And its gradients, to rounding."""
+    x = torch.randn(3, 12, 16, requires_grad=True)
+    targets = torch.randint(0, 50, (3, 12))
+    results = []
+    for at_once in (10**9, logits_at_once):
+        loss = model.loss(x, targets, at_once)
+        gradients = torch.autograd.grad(loss, (x, model.wte.weight))
+        results.append((loss, *gradients))
+    for whole, chunked in zip(*results):
+        torch.testing.assert_close(chunked, whole)
+
+
+def test_the_loss_in_chunks_keeps_less(model):
+    """Of what autograd keeps, no tensor is as large as all logits."""
+    x = torch.randn(3, 12, 16, requires_grad=True)
+    targets = torch.randint(0, 50, (3, 12))
+    for at_once, kept_all in ((10**9, True), (170, False)):
+        sizes = []
+        pack = lambda tensor: sizes.append(tensor.numel()) or tensor  # noqa: E731
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            model.loss(x, targets, at_once)
+        assert (max(sizes) >= 36 * 50) == kept_all
+
+
+@pytest.mark.parametrize("vocab", [50, 64, 129])
+def test_the_aligned_head_is_the_head(vocab):
+    x = torch.randn(2, 3, 16, requires_grad=True)
+    weight = torch.randn(vocab, 16, requires_grad=True)
+    want = torch.nn.functional.linear(x, weight)
+    got = aligned_product(x, weight)
+    torch.testing.assert_close(got, want)
+    push = torch.randn_like(want)
+    wanted = torch.autograd.grad(want, (x, weight), push)
+    torch.testing.assert_close(torch.autograd.grad(got, (x, weight), push), wanted)
 
 
 def test_causality_by_gradient(model):

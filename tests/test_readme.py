@@ -61,7 +61,7 @@ def here(pydocs, tmp_path, monkeypatch):
 
 SHORTER = {  # what each script's commands get on top; None: another test has them
     "train.py": "--tokens 256 --block_size 32 --batch_size 4 --overwrite",
-    "compare.py": "--tokens 256 --seeds 1 --lrs 1e-3 --jobs 1 --valid_tokens 256",
+    "compare.py": "--tokens 256 --seeds 1 --lrs 1e-3 --memory_lrs 1e-2 --jobs 1 --eval_tokens 256",
     "analyze.py": "--tokens 256",
     "eval.py": "--device cpu",
     "upscale.py": "--overwrite",
@@ -88,7 +88,7 @@ def test_commands_run(root, here, gpt2_vocabulary, monkeypatch, capsys):
 
     Shorter, and with a small GPT-2.
     """
-    monkeypatch.setattr(compare, "run_apart", compare.run)
+    monkeypatch.setattr(compare, "make_apart", compare.make)
     monkeypatch.setattr(bench, "SIZES", bench.SIZES[:1])
     other = ("pip", "git", "cd", "source", "bash")
     tried = []

@@ -14,7 +14,7 @@ import train
 from conftest import call
 from data import load_dataset
 from eval import sum_nll
-from model import GPT, GPTConfig, load_checkpoint, save_checkpoint
+from model import GPT, PRETRAINED, GPTConfig, load_checkpoint, save_checkpoint
 from upscale import set_trainable, upscale
 
 TINY = "--n_layer 2 --n_head 2 --n_embd 32 --block_size 16 --batch_size 4 --base_tokens 2e3".split()
@@ -247,6 +247,32 @@ def test_gradient_accumulation_equals_one_batch():
         after.append((loss, model.h[0].mlp.c_fc.bias.detach()))
     assert after[0][0] == pytest.approx(after[1][0], abs=1e-6)
     torch.testing.assert_close(after[0][1], after[1][1], atol=1e-5, rtol=0)
+
+
+def test_a_gpu_takes_as_many_sequences_as_fit(monkeypatch):
+    """GPT-2's shape, on cards of several sizes; in fp32 half as many; on a Mac at most 8."""
+    with torch.device("meta"):
+        model = train.upscale(GPT(PRETRAINED["gpt2"]), "midus")
+    settings = train.Settings(block_size=1024, batch_size=32, dtype="bfloat16")
+    parts = {}
+    for size in (6, 8, 16, 24, 80):
+        monkeypatch.setattr(torch.cuda, "mem_get_info", lambda d, size=size: (size * 2**30, 0))
+        parts[size] = train.parts_that_fit(model, settings, torch.device("cuda"))
+    assert parts == {6: 16, 8: 8, 16: 4, 24: 2, 80: 1}
+    settings.dtype = "float32"
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda d: (24 * 2**30, 0))
+    assert train.parts_that_fit(model, settings, torch.device("cuda")) == 4
+    assert train.parts_that_fit(model, settings, torch.device("mps")) == 4
+
+
+def test_a_gpu_compiles_where_it_can(monkeypatch):
+    for triton, wanted in ((None, False), (object(), True)):
+        monkeypatch.setattr(train, "find_spec", lambda name, triton=triton: triton)
+        settings = train.Settings(grad_accum=8)
+        train.choose_for_machine(settings, torch.device("cuda"))
+        assert settings.compile == wanted and settings.grad_accum is None
+        train.choose_for_machine(settings, torch.device("cpu"))
+        assert settings.compile is False
 
 
 def test_schedule_rises_and_falls():
