@@ -6,6 +6,7 @@ A first reader can skip this file.
 
 import argparse
 import dataclasses
+import difflib
 import hashlib
 import http.client
 import math
@@ -84,6 +85,16 @@ def has_bf16(device: torch.device) -> bool:
     return False
 
 
+def threads_for(n_embd: int) -> int:
+    """How many CPU threads a model of this width is worth; no more than torch would take.
+
+    Two threads that wait for each other at every small product are slower than one, and sixty far
+    slower. By the width alone, never by what else the machine does: the number changes rounding.
+    """
+    worth = 1 if n_embd <= 128 else 4 if n_embd <= 512 else 1000
+    return min(worth, torch.get_num_threads())
+
+
 # On a CPU the whole process is measured: Python, libraries, caches and all. Compare such figures on
 # one machine only.
 def peak_memory(device: torch.device) -> int:
@@ -112,6 +123,8 @@ def join_processes(device: torch.device) -> torch.device:
 
     Raises ValueError if there is no device for it.
     """
+    if "RANK" in os.environ and "WORLD_SIZE" not in os.environ:
+        raise ValueError("RANK is set and WORLD_SIZE is not; start several processes by torchrun")
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:
         return device
     if device.type == "mps":
@@ -327,9 +340,28 @@ def new_file(*endings: str) -> Callable[[str], str]:
             raise argparse.ArgumentTypeError(f"{text}: {sentence}")
         if not text.endswith(endings):
             raise argparse.ArgumentTypeError(f"{text}: the name must end in {' or '.join(endings)}")
+        if len(os.path.basename(temporary_name(text)).encode()) > 255:
+            raise argparse.ArgumentTypeError(f"{text}: the name is too long for a file")
         return text
 
     return read
+
+
+class Parser(argparse.ArgumentParser):
+    """An ArgumentParser that says what is wrong in one line, and takes no flag by half its name."""
+
+    def __init__(self, description: str):
+        super().__init__(description=description, allow_abbrev=False)
+
+    def error(self, message: str) -> None:
+        """Ends the program with status 2. A flag that is not known is answered with a near one."""
+        _, _, words = message.partition("unrecognized arguments: ")
+        flags = [word.split("=")[0] for word in words.split() if word.startswith("--")]
+        if flags:
+            near = difflib.get_close_matches(flags[0], self._option_string_actions, n=1)
+            advice = f"did you mean {near[0]}?" if near else "see --help"
+            message = f"there is no flag {flags[0]}; {advice}"
+        self.exit(2, f"error: {message}\n")
 
 
 # The settings of a command are the fields of a dataclass, and every field is a flag.
@@ -344,12 +376,19 @@ def flag(help: str, default: object = None, group: str | None = None, **options)
     return dataclasses.field(default=default, metadata=about)
 
 
+def own_fields_first(settings_class: type) -> list[dataclasses.Field]:
+    """The fields of a dataclass, and after them those that it inherits."""
+    fields = dataclasses.fields(settings_class)
+    own = settings_class.__annotations__
+    return sorted(fields, key=lambda field: field.name not in own)
+
+
 def add_flags(parser: argparse.ArgumentParser, settings_class: type) -> None:
     """A flag for each field of the dataclass. One that is not given leaves no trace."""
     # The annotation of a field says how its text is read, unless its options do.
     readers = {int: whole_number, float: real_number, list: whole_numbers}
     group = parser
-    for field in dataclasses.fields(settings_class):
+    for field in own_fields_first(settings_class):
         if field.metadata["group"]:
             group = parser.add_argument_group(field.metadata["group"])
         options = {"help": field.metadata["help"], "default": argparse.SUPPRESS}
@@ -368,6 +407,45 @@ def print_table(header: list[str], rows: list[list[str]]) -> None:
     for row in [header, rule, *rows]:
         cells = [cell.ljust(width) for cell, width in zip(row, widths)]
         print("| " + " | ".join(cells) + " |")
+
+
+def need_matplotlib() -> None:
+    """Raises ValueError where matplotlib is missing; pictures go to files, not to a screen."""
+    try:
+        import matplotlib
+    except ImportError:
+        raise ValueError("--plot needs matplotlib: pip install matplotlib") from None
+    matplotlib.use("Agg")
+
+
+def plot_losses(histories: dict[str, list[dict]], path: str) -> None:
+    """Draws losses over steps to a file, a colour per run, its name at the end of its line.
+
+    histories: by name, entries with step, loss, and now and then valid_loss.
+    """
+    from matplotlib import pyplot
+
+    figure, axis = pyplot.subplots(figsize=(8, 4.5))
+    for name, entries in histories.items():
+        # Training losses jump from batch to batch: means over a fiftieth of the run.
+        span = max(1, len(entries) // 50)
+        groups = [entries[i : i + span] for i in range(0, len(entries), span)]
+        steps = [group[-1]["step"] for group in groups]
+        means = [sum(entry["loss"] for entry in group) / len(group) for group in groups]
+        (line,) = axis.plot(steps, means, linewidth=1, alpha=0.5)
+        validated = [entry for entry in entries if "valid_loss" in entry]
+        at = [entry["step"] for entry in validated]
+        losses = [entry["valid_loss"] for entry in validated]
+        axis.plot(at, losses, color=line.get_color(), marker="o", markersize=3)
+        end = (at[-1], losses[-1]) if validated else (steps[-1], means[-1])
+        offset = {"xytext": (5, 0), "textcoords": "offset points", "va": "center"}
+        axis.annotate(name, end, color=line.get_color(), annotation_clip=False, **offset)
+    axis.set_xlabel("steps")
+    axis.set_ylabel("loss in nats; dots: validation, lines: training")
+    axis.spines[["top", "right"]].set_visible(False)
+    figure.subplots_adjust(right=0.82)  # room for the names
+    figure.savefig(path)
+    pyplot.close(figure)
 
 
 # ---- How a command ends --------------------------------------------------------------------------
@@ -401,29 +479,52 @@ def one_line(error: BaseException, length: int = 500) -> str:
     return " ".join(str(error).split())[:length]
 
 
-def is_bug(error: BaseException) -> bool:
-    """Whether an error deserves a traceback. RuntimeError is torch's name for many faults."""
-    if not isinstance(error, RuntimeError):
-        return False
-    signs_of_no_memory = ("out of memory", "allocate memory", "enough memory")
-    if any(sign in str(error) for sign in signs_of_no_memory):
-        return False
-    compiler_failed = type(error).__module__.startswith(("torch._dynamo", "torch._inductor"))
-    return not compiler_failed
+def compiler_failed(error: BaseException) -> bool:
+    return type(error).__module__.startswith(("torch._dynamo", "torch._inductor"))
 
 
-# ValueError is bad input: the user can mend it, and status 2 says so. OSError, FloatingPointError
-# and MemoryError are faults of disk, network, numbers or the machine: status 1. What is left is a
-# bug, and deserves its traceback.
+# What torch says of sizes that no machine has, of a lack of memory, and of numbers gone wrong. It
+# calls all of them RuntimeError, or OverflowError.
+SIGNS_OF_ABSURD_SIZES = ("overflow", "too large", "Overflow", "numel: integer multiplication")
+SIGNS_OF_NO_MEMORY = ("out of memory", "allocate memory", "enough memory")
+SIGNS_OF_BAD_NUMBERS = ("probability tensor contains",)
+
+
+def exit_status(error: BaseException) -> int | None:
+    """2 for bad input, which the user can mend; 1 for faults of disk, network, numbers or machine.
+
+    None for a bug, which deserves its traceback.
+    """
+    message = str(error)
+    if isinstance(error, ValueError | OverflowError):
+        return 2
+    if isinstance(error, OSError | ArithmeticError | MemoryError) or compiler_failed(error):
+        return 1
+    if isinstance(error, RuntimeError | TypeError):
+        if any(sign in message for sign in SIGNS_OF_ABSURD_SIZES):
+            return 2
+        if any(sign in message for sign in SIGNS_OF_NO_MEMORY + SIGNS_OF_BAD_NUMBERS):
+            return 1
+    return None
+
+
 def run_command(main: Callable[[], None]) -> None:
     """Runs a script: bad input ends it with one sentence and status 2, a fault 1, Ctrl-C 130."""
+    # A closed stream is None. One that cannot show a letter shows a question mark.
+    sys.stdout = sys.stdout or open(os.devnull, "w")
+    sys.stderr = sys.stderr or open(os.devnull, "w")
+    if hasattr(sys.stdout, "reconfigure"):
+        sys.stdout.reconfigure(errors="replace")
+
     try:
         main()
     except KeyboardInterrupt as error:
         print(str(error) or "interrupted", file=sys.stderr)
         sys.exit(130)
-    except (ValueError, OSError, ArithmeticError, MemoryError, RuntimeError) as error:
-        if is_bug(error):
+    except Exception as error:
+        status = exit_status(error)
+        if status is None:
             raise
-        print(f"error: {one_line(error)}", file=sys.stderr)
-        sys.exit(2 if isinstance(error, ValueError) else 1)
+        way_out = "; --no-compile does without the compiler" if compiler_failed(error) else ""
+        print(f"error: {one_line(error)}{way_out}", file=sys.stderr)
+        sys.exit(status)

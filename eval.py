@@ -238,12 +238,14 @@ def print_sample(model: GPT, tokenizer_name: str, args: argparse.Namespace) -> N
     tokens = torch.tensor([prompt], device=model.wte.weight.device)  # (1, T)
     torch.manual_seed(args.seed)
     tokens = model.generate(tokens, args.max_new_tokens, args.temperature, args.sample_top_k)
-    print(tokenizer.decode(tokens[0].tolist()))
+    # A model may have more tokens than its tokenizer.
+    known = [token for token in tokens[0].tolist() if token < tokenizer.n_vocab]
+    print(tokenizer.decode(known))
 
 
 # ---- The command ---------------------------------------------------------------------------------
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="What a checkpoint is worth; or samples of it.")
+    parser = common.Parser("What a checkpoint is worth; or samples of it.")
     parser.add_argument(
         "checkpoint", help="a checkpoint, a file or folder of weights, gpt2, ..., smollm2"
     )
@@ -279,6 +281,8 @@ def main() -> None:
     model, info = open_model(args.checkpoint, args.data_dir or "data")
     check_vocabulary(info["tokenizer"], model.config.vocab_size)
     model = model.to(device).eval()
+    if device.type == "cpu":
+        torch.set_num_threads(common.threads_for(model.config.n_embd))
 
     # What it is.
     counts = count_parameters(model)

@@ -318,14 +318,24 @@ plain_pool = pool
 warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta")
 
 
+def has_numbers(tensor: Tensor) -> bool:
+    """Whether there are numbers behind a tensor: none is fake, traced, or inside torch.func."""
+    if torch.jit.is_tracing() or type(tensor) not in (Tensor, nn.Parameter):
+        return False
+    try:
+        return tensor.data_ptr() != 0
+    except RuntimeError:
+        return False
+
+
 def topk(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """plain_topk: on a CPU by a sort in numpy, compiled for a GPU by rounds; for short rows."""
-    compiling = torch.compiler.is_compiling()
     short_rows = scores.size(-1) <= 256
-    if compiling and scores.is_cuda and short_rows:
-        return topk_by_rounds(scores, k)
-    sortable = scores.device.type == "cpu" and scores.dtype == torch.float32
-    if compiling or np is None or not sortable or not short_rows:
+    if torch.compiler.is_compiling():
+        by_rounds = scores.is_cuda and short_rows
+        return topk_by_rounds(scores, k) if by_rounds else plain_topk(scores, k)
+    sortable = scores.device.type == "cpu" and scores.dtype == torch.float32 and np is not None
+    if not sortable or not short_rows or not has_numbers(scores):
         return plain_topk(scores, k)
 
     # Without it: 1.09.
@@ -360,13 +370,14 @@ def topk_by_rounds(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
 def pool(weights: Tensor, slots: Tensor, bank: Tensor) -> Tensor:
     """plain_pool without a copy of the k entries of every read. Without it: 1.21."""
     device_type = slots.device.type
-    if device_type == "mps":  # embedding_bag is unreliable there
-        return plain_pool(weights, slots, bank)
+    compiling = torch.compiler.is_compiling()
+    if device_type == "mps" or not (compiling or has_numbers(weights)):
+        return plain_pool(weights, slots, bank)  # embedding_bag is unreliable on mps
 
     # A bag is a read: the k entries of one token and head, summed as they are fetched.
     flat_weights = weights.flatten(0, 2)  # (R, k) with R = B * T * H reads
     flat_slots = slots.flatten(0, 2)  # (R, k)
-    if device_type == "cpu" and not torch.compiler.is_compiling():
+    if device_type == "cpu" and not compiling:
         z = PoolForCPU.apply(flat_weights, flat_slots, bank)  # (R, d_v)
     else:
         z = F.embedding_bag(flat_slots, bank, per_sample_weights=flat_weights, mode="sum")

@@ -30,10 +30,27 @@ from tqdm import tqdm
 
 import common
 from common import flag
-from data import DATASETS, Split, check_vocabulary, get_batch, load_dataset, vocab_size
+from data import (
+    DATASETS,
+    Split,
+    check_vocabulary,
+    get_batch,
+    load_dataset,
+    load_tokenizer,
+    vocab_size,
+)
 from eval import perplexity, sum_nll
 from model import GPT, PRETRAINED, GPTConfig, load_checkpoint, open_model, save_checkpoint
-from upscale import MEMORY, METHODS, PLACEMENT, NewBlocks, set_trainable, summary, upscale
+from upscale import (
+    MEMORY,
+    METHODS,
+    PLACEMENT,
+    NewBlocks,
+    memory_sizes,
+    set_trainable,
+    summary,
+    upscale,
+)
 
 # ---- Settings ------------------------------------------------------------------------------------
 DTYPES = ("float32", "bfloat16")
@@ -92,13 +109,14 @@ class Settings(NewBlocks):
         choices=DTYPES,
     )
     compile: bool = flag("torch.compile the model (default: on CUDA, where Triton is)")
+    threads: int = flag("of the CPU (default: as many as the model is worth)")
 
     def steps(self) -> int:
         return max(1, self.tokens // (self.batch_size * self.block_size))
 
 
-# What is not given, by the size of the base. Small models were tried; gpt2's values were not, but
-# for n_keys, top_k and d_latent, whose cost was measured. smollm2's are for a CPU: a short run.
+# What is not given, by the size of the base; for the memory's sizes see upscale.py. Small models
+# were tried, gpt2's values were not. smollm2's are for a CPU: a short run.
 # fmt: off
 PRESETS = {
     #              tiny       small      gpt2         smollm2
@@ -113,13 +131,10 @@ PRESETS = {
     "grad_accum":  (1,         1,         8,           1),
     "lr":          (2e-3,      1e-3,      2e-4,        2e-3),
     "memory_lr":   (1e-2,      1e-2,      1e-3,        5e-2),
-    "n_keys":      (32,        64,        128,         64),
-    "top_k":       (8,         8,         16,          8),
-    "d_latent":    (32,        64,        64,          64),
 }
 # fmt: on
 OF_SCRATCH = ("n_layer", "n_head", "n_embd", "base_tokens", "base_lr")
-OF_THE_MACHINE = ("data_dir", "dtype", "compile", "grad_accum")  # these may change on resume
+OF_THE_MACHINE = ("data_dir", "dtype", "compile", "threads", "grad_accum")  # may change on resume
 
 
 # ---- Optimizer -----------------------------------------------------------------------------------
@@ -370,8 +385,22 @@ def run_name(settings: Settings) -> str:
     return "base" if settings.upscale == "none" else settings.upscale
 
 
-def add_row(progress: Progress, label: str, model: GPT, data: dict[str, Split]) -> None:
-    """Adds a row to the closing table: sizes, and perplexity on the whole validation split."""
+def sample(model: GPT, tokenizer_name: str, split: Split) -> str:
+    """Up to eighty letters with which the model continues the first words of a text."""
+    tokenizer = load_tokenizer(tokenizer_name)
+    start = torch.from_numpy(split.tokens[:16].astype("int64"))[None]  # (1, 16)
+    longest = 80 if tokenizer_name == "bytes" else 30
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        tokens = model.generate(start.to(model.wte.weight.device), longest, 0.8, 50)  # (1, T)
+    known = [token for token in tokens[0, 16:].tolist() if token < tokenizer.n_vocab]
+    return " ".join(tokenizer.decode(known).split())[:80]
+
+
+def add_row(
+    progress: Progress, label: str, model: GPT, data: dict[str, Split], settings: Settings
+) -> None:
+    """Adds a row to the closing table: sizes, perplexity on all of validation, a sample."""
     if not common.is_main():
         return
 
@@ -383,6 +412,7 @@ def add_row(progress: Progress, label: str, model: GPT, data: dict[str, Split]) 
     row["parameters"] = sum(p.numel() for p in model.parameters())
     row["added"] = sum(p.numel() for p in new)
     row["trained"] = sum(p.numel() for p in trained)
+    row["sample"] = sample(model, settings.tokenizer, data["valid"])
     progress.rows.append(row)
 
 
@@ -400,14 +430,55 @@ def print_table(progress: Progress, settings: Settings, valid: Split, device: to
     print(f"training: {rate:,.0f} tokens/s, peak memory {memory:,.0f} MiB")
 
 
+def print_verdict(progress: Progress, settings: Settings, out: str) -> None:
+    """What it came to, in words; what the model says; what to do next."""
+    first = progress.rows[0]
+    last = progress.rows[-1]
+    change = f"{last['perplexity'] / first['perplexity'] - 1:+.1%}"
+    name = run_name(settings)
+    sentence = f"{name} {first['perplexity']:.2f} -> {last['perplexity']:.2f} ({change})"
+    if settings.upscale != "none":
+        start = progress.rows[1]["perplexity"]
+        as_base = "exactly as the base" if start == first["perplexity"] else f"at {start:.2f}"
+        more = f"{last['added']:,} parameters more; it started {as_base}"
+        sentence = f"base {first['perplexity']:.2f} -> {name} {last['perplexity']:.2f} ({change})"
+        sentence += f", {more}"
+    print(f"\n{sentence}\n\nHow each goes on where the validation text begins:")
+    for row in (first, last):
+        print(f"    {row['label']:18}{row['sample']}")
+    print(f"\nnext: python eval.py {out}")
+
+
+def read_history(path: str) -> list[dict]:
+    """The losses of a run, from the file beside its checkpoint. Raises ValueError if it is none."""
+    try:
+        with open(path, encoding="utf-8") as file:
+            history = [json.loads(line) for line in file]
+        if history and all({"step", "loss"} <= entry.keys() for entry in history):
+            return history
+    except (OSError, ValueError, AttributeError):
+        pass
+    raise ValueError(f"--plot: {path} does not hold the losses of a run")
+
+
+def draw(progress: Progress, settings: Settings, others: list[str], out: str) -> None:
+    """The losses of this run, and of others beside it, in a picture named like the checkpoint."""
+    histories = {os.path.basename(path).split(".")[0]: read_history(path) for path in others}
+    histories[run_name(settings)] = progress.history
+    picture = out.removesuffix(".pt") + ".png"
+    common.plot_losses(histories, picture)
+    print(f"drew {picture}")
+
+
 # ---- From flags to settings ----------------------------------------------------------------------
 def parse_arguments() -> tuple[argparse.Namespace, dict]:
     """The flags of the command itself, and the settings that were given, by name."""
-    parser = argparse.ArgumentParser(description="Train a GPT, or up-scale one and train it on.")
+    parser = common.Parser("Train a GPT, or up-scale one and train it on.")
     common.add_flags(parser, Settings)
     add = parser.add_argument
     add("--device", help="cpu, cuda or mps (default: the best there is)")
     add("--out", type=common.new_file(".pt"), default="ckpt.pt", help="(default ckpt.pt)")
+    add("--plot", nargs="*", help="draw the losses, beside those of other runs' .jsonl files")
     add = parser.add_mutually_exclusive_group().add_argument
     add("--resume", action="store_true", help="go on with --out, with the settings it has")
     add("--overwrite", action="store_true", help="move an old --out to OUT.old, and start anew")
@@ -472,6 +543,10 @@ def choose_settings(given: dict, base: Base, device: torch.device) -> Settings:
     settings.tokenizer = base.info.get("tokenizer", "bytes" if at_home else "gpt2")
     settings.data_dir = os.path.abspath(base.info.get("data_dir", "data"))
     settings.dtype = "bfloat16" if common.has_bf16(device) else "float32"
+    width = given.get("n_embd", settings.n_embd) if base.config is None else base.config.n_embd
+    for name, value in memory_sizes(width).items():
+        setattr(settings, name, value)
+    settings.threads = common.threads_for(width)
     choose_for_machine(settings, device)
 
     # The flags, and what hangs on them. A base that is not up-scaled is itself what is trained.
@@ -590,18 +665,20 @@ def settings_on_resume(saved: dict, given: dict, out: str, device: torch.device)
 
 
 def print_settings(settings: Settings) -> None:
-    """A line per group of flags, without those that this run has no use for."""
+    """A block per group of flags, three settings a line, without those that are of no use."""
     # The first field of a group names it.
     groups = {}
-    for field in dataclasses.fields(settings):
+    for field in common.own_fields_first(Settings):
         if field.metadata["group"]:
             shown = groups[field.metadata["group"]] = []
         value = getattr(settings, field.name)
         if value is not None:
-            shown.append(f"{field.name} {value}")
+            shown.append(f"{field.name:13}{value!s:15}")
     for group, shown in groups.items():
         if shown:
-            print(f"{group + ':':21}{', '.join(shown)}")
+            print(group)
+        for first in range(0, len(shown), 3):
+            print("   ", "".join(shown[first : first + 3]).rstrip())
 
 
 # ---- From settings to models ---------------------------------------------------------------------
@@ -636,7 +713,7 @@ def settings_of_scratch_base(settings: Settings) -> Settings:
 def path_of_scratch_base(settings: Settings, text: Split) -> str:
     """Where that base is kept. The name hashes the settings and the text that shape its weights."""
     shaping = dataclasses.asdict(settings)
-    for name in ("data_dir", "compile", "preset"):
+    for name in ("data_dir", "compile", "threads", "preset"):
         del shaping[name]
     everything = json.dumps([shaping, text.identity], sort_keys=True)
     key = hashlib.sha256(everything.encode()).hexdigest()[:12]
@@ -672,6 +749,10 @@ def get_base(base: Base, settings: Settings, data: dict[str, Split], device: tor
 
 def main() -> None:
     arguments, given = parse_arguments()
+    if arguments.plot is not None:
+        common.need_matplotlib()
+        for path in arguments.plot:
+            read_history(path)
     device = common.join_processes(common.pick_device(arguments.device))
     out = arguments.out
 
@@ -688,6 +769,8 @@ def main() -> None:
     if settings.grad_accum is None:
         settings.grad_accum = parts_that_fit(model, settings, device)
     refuse_uneven_parts(settings)
+    if device.type == "cpu":
+        torch.set_num_threads(settings.threads)
 
     # Text. A first batch refuses a split that is too short.
     source = (settings.dataset, settings.tokenizer, settings.data_dir, ("train", "valid"))
@@ -715,18 +798,21 @@ def main() -> None:
             torch.manual_seed(settings.seed)
             model = deepen(base_model, settings)
             print(summary(base_model, model))
-            add_row(progress, "base", base_model, data)
+            add_row(progress, "base", base_model, data, settings)
             del base_model
             base.model = None
         set_trainable(model, settings.train)
-        add_row(progress, f"{run_name(settings)}, start", model, data)
+        add_row(progress, f"{run_name(settings)}, start", model, data, settings)
 
     # 3. Continual pre-training.
     train(model, settings, progress, data, out, go_on=f"python train.py --resume --out {out}")
 
     # 4. What it was worth.
-    add_row(progress, f"{run_name(settings)}, end", model, data)
+    add_row(progress, f"{run_name(settings)}, end", model, data, settings)
     print_table(progress, settings, data["valid"], device)
+    print_verdict(progress, settings, out)
+    if arguments.plot is not None and common.is_main():
+        draw(progress, settings, arguments.plot, out)
     common.leave_processes()
 
 

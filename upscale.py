@@ -12,7 +12,6 @@ the inserted blocks are listed by index in the new stack, from 0. More methods: 
 names: see hml.py.
 """
 
-import argparse
 import dataclasses
 import os
 
@@ -40,6 +39,16 @@ class NewBlocks:
     d_latent: int = flag("width of an entry of the bank")
     query_norm: bool = flag("normalise queries (not in the paper)")
     query: str = flag("heads (default) or block: see MemoryBlock", choices=("heads", "block"))
+
+
+def memory_sizes(n_embd: int) -> dict[str, int]:
+    """Sizes of a memory for a base of this width, where nobody says: n_keys, top_k, d_latent."""
+    # Small ones were tried; the last one's cost was measured, and no more.
+    if n_embd <= 128:
+        return {"n_keys": 32, "top_k": 8, "d_latent": 32}
+    if n_embd <= 640:
+        return {"n_keys": 64, "top_k": 8, "d_latent": 64}
+    return {"n_keys": 128, "top_k": 16, "d_latent": 64}
 
 
 # ---- Where the new blocks go ---------------------------------------------------------------------
@@ -297,7 +306,7 @@ def summary(base: GPT, deeper: GPT) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Up-scale a model without training it.")
+    parser = common.Parser("Up-scale a model without training it.")
     add = parser.add_argument
     add("base", help="a checkpoint, a file or folder of weights, gpt2, gpt2-medium, ..., smollm2")
     add("--method", choices=METHODS, default="midus", help="(default midus)")
@@ -315,9 +324,12 @@ def main() -> None:
     device = common.pick_device(args.device)
     base, info = open_model(args.base, args.data_dir)
     base = base.to(device)
-    given = {name: value for name, value in vars(args).items() if name in PLACEMENT + MEMORY}
+    options = memory_sizes(base.config.n_embd) if args.method == "midus" else {}
+    for name in PLACEMENT + MEMORY:
+        if name in args:
+            options[name] = getattr(args, name)
     torch.manual_seed(args.seed)
-    deeper = upscale(base, args.method, **given)
+    deeper = upscale(base, args.method, **options)
     print(f"{args.method} on {args.base}, device {device}")
     print(summary(base, deeper))
 
@@ -330,8 +342,10 @@ def main() -> None:
 
     # The new model goes by its base's tokenizer and data.
     about = {name: info[name] for name in ("tokenizer", "dataset", "data_dir") if name in info}
-    save_checkpoint(args.out, deeper, method=args.method, **about)
-    print(f"wrote {args.out}")
+    save_checkpoint(args.out, deeper, method=args.method, base=args.base, **about)
+    print(
+        f"wrote {args.out}; train what is new in it: python train.py --base {args.out} --train new"
+    )
 
 
 if __name__ == "__main__":

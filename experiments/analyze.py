@@ -13,7 +13,6 @@ A look inside the memory of a trained model.
 All but the last read --tokens of a split, in windows without overlap. Shape names: see hml.py.
 """
 
-import argparse
 import os
 import sys
 from collections import Counter
@@ -27,7 +26,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-from common import pick_device, run_command, whole_number
+from common import Parser, need_matplotlib, pick_device, run_command, whole_number
 from data import DATASETS, SPLITS, check_vocabulary, load_dataset, load_tokenizer
 from eval import count_usage, usage
 from hml import pool
@@ -360,15 +359,6 @@ def print_table(title: str, rows: list[dict]) -> None:
         print(f"| {' | '.join(cells)} |")
 
 
-def need_matplotlib() -> None:
-    """Refuses --plot where matplotlib is missing; pictures go to files, not to a screen."""
-    try:
-        import matplotlib
-    except ImportError:
-        raise ValueError("--plot needs matplotlib: pip install matplotlib") from None
-    matplotlib.use("Agg")
-
-
 def heat_map(values: Tensor, labels: list[str], title: str, path: str) -> None:
     """Draws values (rows, heads) to a file."""
     from matplotlib import pyplot
@@ -449,7 +439,7 @@ def held_by_slots(
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="What the memory of a checkpoint does.")
+    parser = Parser("What the memory of a checkpoint does.")
     parser.add_argument("checkpoint", help="checkpoint with memory blocks")
     parser.add_argument("--plot", help="folder for pictures; needs matplotlib")
     parser.add_argument(

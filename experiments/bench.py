@@ -708,7 +708,7 @@ def about(b: Bench) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="What a memory block costs.")
+    parser = common.Parser("What a memory block costs.")
     add = parser.add_argument
     add("--tables", type=table_names, default=list(TABLES), help="a,b (default: all)")
     add("--device", help="cpu, cuda or mps (default: the best there is)")

@@ -43,7 +43,6 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 import baselines
 import common
 from ablations import VARIANTS
-from analyze import need_matplotlib
 from common import real_number, whole_number, whole_numbers
 from data import DATASETS, check_vocabulary, get_batch, load_dataset, load_tokenizer
 from eval import count_usage, usage
@@ -683,7 +682,7 @@ def rates(text: str) -> list[float]:
 
 
 def parse_arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description="Compare ways to deepen a model; resumable.")
+    parser = common.Parser("Compare ways to deepen a model; resumable.")
     add = parser.add_argument
     add("--base", required=True, help="a model of transformer blocks alone")
     add("--methods", required=True, nargs="+", help="see the head of this file")
@@ -815,7 +814,7 @@ def first_run(method: Method, args: argparse.Namespace, names: dict, device: tor
 def refuse_flags(args: argparse.Namespace) -> None:
     """Raises ValueError for flags that do not go together."""
     if args.plot:
-        need_matplotlib()
+        common.need_matplotlib()
     if (args.plot or args.levels) and args.old_dataset is None:
         raise ValueError("--plot and --levels tell new from old text; give --old_dataset")
     if args.batch_size % args.grad_accum:

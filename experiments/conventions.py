@@ -12,7 +12,6 @@ eval.py reads a file as it is. All three score every token once; a figure is wor
 the name of its convention. Shape names: see hml.py.
 """
 
-import argparse
 import io
 import json
 import math
@@ -110,7 +109,7 @@ def evaluate(
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Perplexity by other people's conventions.")
+    parser = common.Parser("Perplexity by other people's conventions.")
     parser.add_argument("checkpoint", help="checkpoint, GPT-2 .bin file, or gpt2, gpt2-medium, ...")
     parser.add_argument("--convention", choices=("hf", "lm-eval"), required=True)
     parser.add_argument("--split", choices=SPLITS, default="test", help="(default test)")

@@ -13,7 +13,6 @@ say it in one more way each, with the answer at the end of the sentence. So a mo
 counts the facts that each method knows: recall() below.
 """
 
-import argparse
 import json
 import os
 import random
@@ -23,7 +22,7 @@ import tiktoken
 import torch
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-from common import run_command, whole_number
+from common import Parser, run_command, whole_number
 from model import GPT
 
 # Each fact in seven sentences: five to learn from, one to validate and one to test with.
@@ -157,7 +156,7 @@ def recall(model: GPT, tokenizer: tiktoken.Encoding, questions: list[dict]) -> f
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Writes a text of invented facts.")
+    parser = Parser("Writes a text of invented facts.")
     parser.add_argument("--out", default="facts", help="a new folder (default ./facts)")
     parser.add_argument("--people", type=whole_number, default=300, help="(default 300)")
     parser.add_argument("--copies", type=whole_number, default=40, help="of a person (default 40)")

@@ -13,7 +13,6 @@ block against a copied block, two equal runs, and a run of train.py with an inte
 see hml.py.
 """
 
-import argparse
 import copy
 import functools
 import os
@@ -449,7 +448,7 @@ def a_run(b: Bench, quick: bool) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Is all right on a GPU, and how fast is it?")
+    parser = common.Parser("Is all right on a GPU, and how fast is it?")
     add = parser.add_argument
     add("--device", help="cpu, cuda or mps (default: the best there is)")
     add("--quick", action="store_true", help="small sizes, to see that it runs")

@@ -13,7 +13,6 @@ rolling ones of whole texts (as conventions.py reads them), and greedy text. Sha
 hml.py.
 """
 
-import argparse
 import json
 import os
 import sys
@@ -28,12 +27,12 @@ try:
     from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs
     from lm_eval.tasks import TaskManager
     from lm_eval.utils import make_table
-except ImportError:
-    print("error: this needs the lm-evaluation-harness: pip install 'lm-eval[hf]'", file=sys.stderr)
-    sys.exit(2)
+except ImportError:  # --help is for those who have yet to install it
+    lm_eval = None
+    TemplateLM = object
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-from common import new_file, pick_device, run_command, whole_number, written_whole
+from common import Parser, new_file, pick_device, run_command, whole_number, written_whole
 from data import check_vocabulary, load_tokenizer
 from eval import sum_nll
 from model import GPT, open_model
@@ -130,9 +129,7 @@ class Adapter(TemplateLM):
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description="Zero-shot tasks through the lm-evaluation-harness."
-    )
+    parser = Parser("Zero-shot tasks through the lm-evaluation-harness.")
     parser.add_argument(
         "checkpoint", help="checkpoint, GPT-2 .bin file, or gpt2, gpt2-medium, gpt2-large, gpt2-xl"
     )
@@ -155,6 +152,8 @@ def main() -> None:
         "--json", type=new_file(".json"), help="also write the figures to this file"
     )
     args = parser.parse_args()
+    if lm_eval is None:
+        raise ValueError("this needs the lm-evaluation-harness: pip install 'lm-eval[hf]'")
     device = pick_device(args.device)
     if args.include_path and not os.path.isdir(args.include_path):
         raise ValueError(f"there is no folder {args.include_path}")

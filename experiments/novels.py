@@ -8,13 +8,12 @@ The study's old domain: 100 English novels of 1811-1930, in the public domain, a
 writes train.txt (96 novels, 74 MB), valid.txt and test.txt (two each) into a new folder.
 """
 
-import argparse
 import glob
 import os
 import sys
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-from common import file_sha256, run_command, written_whole
+from common import Parser, file_sha256, run_command, written_whole
 
 # Which novels, counted from 0 in the order of their files' names; all others are for training.
 VALID = (7, 23)
@@ -29,7 +28,7 @@ SHA256 = {
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Makes the study's old domain.")
+    parser = Parser("Makes the study's old domain.")
     parser.add_argument("corpus", help="the folder with a .txt file per novel")
     parser.add_argument("--out", default="novels", help="a new folder (default ./novels)")
     args = parser.parse_args()

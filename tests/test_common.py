@@ -5,6 +5,8 @@ import hashlib
 import http.server
 import os
 import shutil
+import subprocess
+import sys
 import threading
 
 import pytest
@@ -21,6 +23,8 @@ from common import (
     whole_numbers,
     written_whole,
 )
+from conftest import call
+from model import GPT, GPTConfig, save_checkpoint
 
 CONTENT = bytes(range(256)) * 3000
 SHA256 = hashlib.sha256(CONTENT).hexdigest()
@@ -202,3 +206,62 @@ def test_faults_end_in_a_sentence_and_bugs_in_a_traceback(capsys):
         assert end.value.code == status and len(capsys.readouterr().err.splitlines()) == 1
     with pytest.raises(RuntimeError):
         run_command(raises(RuntimeError("size mismatch for h.1.memory.hive.bank")))
+
+
+# ---- The command line ----------------------------------------------------------------------------
+@pytest.mark.parametrize("script", ["train.py", "eval.py", "upscale.py", "compare.py", "bench.py"])
+def test_a_misspelt_flag_gets_one_line(script, monkeypatch, capsys):
+    near = {"train.py": "--upscale", "eval.py": "--stride", "upscale.py": "--method"}
+    flag = near.get(script, "--device")
+    assert call(monkeypatch, script, "x", f"{flag}s", "1", "--base", "x", "--methods", "x") == 2
+    error = capsys.readouterr().err
+    assert len(error.splitlines()) == 1 and f"did you mean {flag}?" in error
+
+
+def test_no_flag_goes_by_half_its_name(monkeypatch, capsys):
+    assert call(monkeypatch, "train.py", "--upsc", "midus") == 2
+    assert "did you mean --upscale?" in capsys.readouterr().err
+
+
+def test_a_name_that_is_too_long_is_refused_at_once(tmp_path):
+    with pytest.raises(argparse.ArgumentTypeError, match="too long"):
+        new_file(".pt")(str(tmp_path / ("a" * 247 + ".pt")))
+
+
+def test_a_rank_without_a_world(monkeypatch):
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    with pytest.raises(ValueError, match="torchrun"):
+        join_processes(torch.device("cpu"))
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ("--n_keys", "1000000000"),
+        ("--d_latent", "1000000000000000000"),
+        ("--n_embd", "10000000000"),
+        ("--block_size", "1000000000000000000"),
+    ],
+)
+def test_absurd_sizes_are_refused_in_a_sentence(flags, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert call(monkeypatch, "train.py", "--upscale", "midus", *flags) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and len(error.splitlines()) == 1
+
+
+@pytest.mark.skipif(os.name == "nt", reason="needs a shell of Unix")
+def test_closed_streams_and_small_alphabets(root, tmp_path):
+    """Whatever the streams are, a run goes through."""
+    model = GPT(GPTConfig(1, 1, 8, 32, 257))
+    save_checkpoint(str(tmp_path / "ckpt.pt"), model, tokenizer="bytes", dataset="text")
+    for split in ("train", "valid", "test"):
+        (tmp_path / f"{split}.txt").write_text("some text " * 20)
+    command = f"{sys.executable} {root / 'eval.py'} ckpt.pt --data_dir . --device cpu"
+    for end in ("2>&-", ">&-", "--prompt=é"):
+        environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
+        run = subprocess.run(
+            f"{command} {end}", shell=True, cwd=tmp_path, env=environment, capture_output=True
+        )
+        assert run.returncode == 0, (end, run.stderr)

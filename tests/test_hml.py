@@ -4,6 +4,7 @@ import doctest
 import itertools
 import math
 import re
+import shutil
 import subprocess
 import sys
 
@@ -315,3 +316,68 @@ def test_the_worked_example(root):
     assert numbers["the head's value m"] == [round(x, 3) for x in m.tolist()]
     for name in ("latent z", "the head's value m"):
         assert ", ".join(f"{x:.3f}" for x in numbers[name]) in hml.__doc__
+
+
+# ---- Unusual tensors -----------------------------------------------------------------------------
+@pytest.fixture
+def trained():
+    torch.manual_seed(0)
+    memory = HeadwiseMemory(2, 8, 6, 3, 4)
+    torch.nn.init.normal_(memory.hive.bank)
+    return memory
+
+
+@pytest.mark.parametrize("shape", [(0, 5, 2, 8), (2, 0, 2, 8)])
+def test_nothing_in_gives_nothing_out(trained, shape):
+    heads = torch.randn(shape, requires_grad=True)
+    out = trained(heads)
+    assert out.shape == (*shape[:2], 16)
+    out.sum().backward()
+    assert heads.grad.shape == shape
+
+
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore::DeprecationWarning")
+def test_a_traced_layer_looks_up_anew(trained):
+    """It must not go on with the slots of the example it was traced with."""
+    traced = torch.jit.trace(trained, (torch.randn(2, 5, 2, 8),), check_trace=False)
+    other = torch.randn(2, 5, 2, 8)
+    torch.testing.assert_close(traced(other), trained(other))
+
+
+def test_the_layer_inside_torch_func(trained):
+    heads = torch.randn(3, 2, 5, 2, 8)  # three batches
+    torch.testing.assert_close(torch.func.vmap(trained)(heads)[1], trained(heads[1]))
+
+    def loss(weights):
+        return torch.func.functional_call(trained, weights, (heads[0],)).square().sum()
+
+    weights = {name: p.detach() for name, p in trained.named_parameters()}
+    gradients = torch.func.grad(loss)(weights)
+    trained(heads[0]).square().sum().backward()
+    for name, parameter in trained.named_parameters():
+        torch.testing.assert_close(gradients[name], parameter.grad)
+
+
+def test_the_layer_on_fake_tensors():
+    from torch._subclasses import FakeTensorMode
+
+    with FakeTensorMode():
+        memory = HeadwiseMemory(2, 8, 6, 3, 4)
+        out = memory(torch.randn(2, 5, 2, 8))
+        out.sum().backward()
+        assert out.shape == (2, 5, 16) and memory.hive.bank.grad.shape == (36, 4)
+
+
+def test_one_file_is_enough(tmp_path, root):
+    """hml.py alone in an empty folder, with torch and no numpy."""
+    shutil.copyfile(root / "hml.py", tmp_path / "hml.py")
+    program = (
+        "import sys; sys.modules['numpy'] = None\n"
+        "import torch, hml\n"
+        "memory = hml.HeadwiseMemory(12, 64, 32, 8, 16)\n"
+        "assert hml.np is None and memory(torch.randn(2, 10, 12, 64)).shape == (2, 10, 768)\n"
+    )
+    run = subprocess.run(
+        [sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert run.returncode == 0, run.stderr
