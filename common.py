@@ -347,6 +347,17 @@ def new_file(*endings: str) -> Callable[[str], str]:
     return read
 
 
+def data_folder(text: str) -> str:
+    """The absolute path of a folder that is there, or can be made, and written to."""
+    path = os.path.abspath(text)
+    existing = path
+    while not os.path.exists(existing):
+        existing = os.path.dirname(existing)
+    if not os.path.isdir(existing) or not os.access(existing, os.W_OK):
+        raise argparse.ArgumentTypeError(f"{text} is no folder, or none that can be written to")
+    return path
+
+
 class Parser(argparse.ArgumentParser):
     """An ArgumentParser that says what is wrong in one line, and takes no flag by half its name."""
 

@@ -183,7 +183,8 @@ def print_report(report: dict) -> None:
     words = f"exp(NLL / {report['words']:,} words)"
     size = f"NLL / ln 2 / {report['bytes']:,} bytes"
     print(f"token-level perplexity  {report['token_perplexity']:.3f}   {tokens}")
-    print(f"word-level perplexity   {report['word_perplexity']:.3f}   {words}")
+    if report["tokens"] <= 3 * report["words"]:  # of a model of bytes it says nothing: 16,077
+        print(f"word-level perplexity   {report['word_perplexity']:.3f}   {words}")
     print(f"bits per byte           {report['bits_per_byte']:.4f}   {size}")
     print(
         f"tokens/s                {report['tokens_per_second']:,.0f}   with the time to count reads"
@@ -254,7 +255,11 @@ def parse_arguments() -> argparse.Namespace:
     add = parser.add_argument
     add("--split", choices=SPLITS, default="test", help="(default test)")
     add("--dataset", choices=DATASETS, help="(default: the checkpoint's own)")
-    add("--data_dir", help="folder of data and caches (default: the checkpoint's own, or ./data)")
+    add(
+        "--data_dir",
+        type=common.data_folder,
+        help="folder of data and caches (default: the checkpoint's own, or ./data)",
+    )
     add("--stride", type=common.whole_number, help="tokens between windows (default: no overlap)")
     add("--device", help="cpu, cuda or mps (default: the best there is)")
     add("--json", type=common.new_file(".json"), help="also write the figures to this file")

@@ -73,7 +73,7 @@ class Settings(NewBlocks):
     base: str = flag("scratch (for pydocs, text), gpt2 (else), ..., smollm2, or a file or folder")
     base_dtype: str = flag("of a frozen base's weights", "float32", choices=DTYPES)
     dataset: str = flag("text to train on (default: the base's own, or pydocs)", choices=DATASETS)
-    data_dir: str = flag("folder of data and caches (default ./data)", type=os.path.abspath)
+    data_dir: str = flag("folder of data and caches (default ./data)", type=common.data_folder)
     tokenizer: str = flag("gpt2, gpt2:N, bytes (default: the base's; from scratch by dataset)")
     train: str = flag("what learns: new (midus, llama-pro), all (else), or blocks from 1: 2,4")
     preset: str = flag("sizes and rates (default: by the base's width)", choices=PRESET_NAMES)
@@ -327,7 +327,7 @@ def train(
     reported_seconds = progress.seconds
     dtype = getattr(torch, settings.dtype)
     hidden = None if common.is_main() else True  # None: shown on a terminal
-    bar = tqdm(total=steps, initial=progress.step, unit="step", disable=hidden)
+    bar = tqdm(total=steps, initial=progress.step, unit="step", disable=hidden, leave=False)
     with common.stop_signal() as stop, bar:
         while progress.step < steps:
             started = time.perf_counter()
@@ -394,7 +394,8 @@ def sample(model: GPT, tokenizer_name: str, split: Split) -> str:
         torch.manual_seed(0)
         tokens = model.generate(start.to(model.wte.weight.device), longest, 0.8, 50)  # (1, T)
     known = [token for token in tokens[0, 16:].tolist() if token < tokenizer.n_vocab]
-    return " ".join(tokenizer.decode(known).split())[:80]
+    words = " ".join(tokenizer.decode(known).split())[:80]
+    return "".join(letter if letter.isprintable() else "?" for letter in words)
 
 
 def add_row(
@@ -483,6 +484,12 @@ def parse_arguments() -> tuple[argparse.Namespace, dict]:
     add("--resume", action="store_true", help="go on with --out, with the settings it has")
     add("--overwrite", action="store_true", help="move an old --out to OUT.old, and start anew")
     arguments = parser.parse_args()
+
+    # What cannot be drawn is refused here, not after the work.
+    if arguments.plot is not None:
+        common.need_matplotlib()
+        for path in arguments.plot:
+            read_history(path)
 
     # Which settings were given matters: the others may still be chosen, or come from a checkpoint.
     names = {field.name for field in dataclasses.fields(Settings)}
@@ -664,7 +671,7 @@ def settings_on_resume(saved: dict, given: dict, out: str, device: torch.device)
     return settings
 
 
-def print_settings(settings: Settings) -> None:
+def print_settings(settings: Settings, device: torch.device) -> None:
     """A block per group of flags, three settings a line, without those that are of no use."""
     # The first field of a group names it.
     groups = {}
@@ -679,6 +686,8 @@ def print_settings(settings: Settings) -> None:
             print(group)
         for first in range(0, len(shown), 3):
             print("   ", "".join(shown[first : first + 3]).rstrip())
+    if device.type == "cuda" and not common.has_bf16(device):
+        print("this card does not compute in bf16: it trains in fp32 (fp16 is not offered)")
 
 
 # ---- From settings to models ---------------------------------------------------------------------
@@ -749,10 +758,6 @@ def get_base(base: Base, settings: Settings, data: dict[str, Split], device: tor
 
 def main() -> None:
     arguments, given = parse_arguments()
-    if arguments.plot is not None:
-        common.need_matplotlib()
-        for path in arguments.plot:
-            read_history(path)
     device = common.join_processes(common.pick_device(arguments.device))
     out = arguments.out
 
@@ -778,9 +783,7 @@ def main() -> None:
     text = data["train"]
     get_batch(text.tokens, 0, settings.batch_size, settings.block_size, settings.seed)
     settings.tokens = settings.tokens or len(text.tokens)  # one epoch
-    print_settings(settings)
-    if device.type == "cuda" and not common.has_bf16(device):
-        print("this card does not compute in bf16: it trains in fp32 (fp16 is not offered)")
+    print_settings(settings, device)
 
     if arguments.resume:
         progress = progress_on_resume(saved, text, out)
@@ -807,12 +810,13 @@ def main() -> None:
     # 3. Continual pre-training.
     train(model, settings, progress, data, out, go_on=f"python train.py --resume --out {out}")
 
-    # 4. What it was worth.
-    add_row(progress, f"{run_name(settings)}, end", model, data, settings)
-    print_table(progress, settings, data["valid"], device)
-    print_verdict(progress, settings, out)
-    if arguments.plot is not None and common.is_main():
-        draw(progress, settings, arguments.plot, out)
+    # 4. What it was worth. Rank 0 tells.
+    if common.is_main():
+        add_row(progress, f"{run_name(settings)}, end", model, data, settings)
+        print_table(progress, settings, data["valid"], device)
+        print_verdict(progress, settings, out)
+        if arguments.plot is not None:
+            draw(progress, settings, arguments.plot, out)
     common.leave_processes()
 
 

@@ -312,7 +312,12 @@ def main() -> None:
     add("--method", choices=METHODS, default="midus", help="(default midus)")
     add("--out", type=common.new_file(".pt"), default="deeper.pt", help="(default deeper.pt)")
     add("--overwrite", action="store_true", help="replace --out if it exists")
-    add("--data_dir", default="data", help="where GPT-2's weights are kept (default ./data)")
+    add(
+        "--data_dir",
+        type=common.data_folder,
+        default="data",
+        help="where GPT-2's weights are kept (default ./data)",
+    )
     add("--device", help="cpu, cuda or mps (default: the best there is)")
     add("--seed", type=common.seed_number, default=0, help="of what starts at random (default 0)")
     common.add_flags(parser, NewBlocks)

@@ -26,7 +26,14 @@ from torch import Tensor
 from tqdm import tqdm
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-from common import Parser, need_matplotlib, pick_device, run_command, whole_number
+from common import (
+    Parser,
+    need_matplotlib,
+    pick_device,
+    print_table,
+    run_command,
+    whole_number,
+)
 from data import DATASETS, SPLITS, check_vocabulary, load_dataset, load_tokenizer
 from eval import count_usage, usage
 from hml import pool
@@ -348,15 +355,20 @@ def cost(model: GPT) -> list[dict]:
 
 
 # ---- The command ---------------------------------------------------------------------------------
-def print_table(title: str, rows: list[dict]) -> None:
-    """A Markdown table; numbers to four digits."""
-    print(f"\n### {title}\n\n| {' | '.join(rows[0])} |\n|{' --- |' * len(rows[0])}")
+def show_table(title: str, rows: list[dict]) -> None:
+    """Prints rows, whose keys are the columns; numbers to four digits."""
+    lines = []
     for row in rows:
-        cells = (
-            f"{v:.4g}" if isinstance(v, float) else f"{v:,}" if isinstance(v, int) else v
-            for v in row.values()
-        )
-        print(f"| {' | '.join(cells)} |")
+        line = []
+        for value in row.values():
+            if isinstance(value, float):
+                value = f"{value:.4g}"
+            elif isinstance(value, int):
+                value = f"{value:,}"
+            line.append(value)
+        lines.append(line)
+    print(f"\n### {title}\n")
+    print_table(list(rows[0]), lines)
 
 
 def heat_map(values: Tensor, labels: list[str], title: str, path: str) -> None:
@@ -371,7 +383,7 @@ def heat_map(values: Tensor, labels: list[str], title: str, path: str) -> None:
     axis.set_title(title, fontsize=9)
     figure.colorbar(image)
     figure.tight_layout()
-    figure.savefig(path, dpi=120)
+    figure.savefig(path, dpi=120, bbox_inches="tight")
     pyplot.close(figure)
 
 
@@ -479,14 +491,14 @@ def main() -> None:
     print(f"{args.checkpoint}: {stack}, {name} {args.split}, {read:,} tokens, on {device}")
 
     rows = usage_table(model, tokens)
-    print_table(f"Usage of {model.config.n_keys**2:,} slots, k={model.config.top_k}", rows)
+    show_table(f"Usage of {model.config.n_keys**2:,} slots, k={model.config.top_k}", rows)
     silenced, gradient = head_importance(model, tokens)
     labels = [f"{i} {kind}" for i, kind in enumerate(model.config.blocks, 1)]
     for title, values in (
         ("Rise in loss when a head is silenced, nats", silenced),
         ("Gradient form, nats", gradient),
     ):
-        print_table(
+        show_table(
             title,
             [
                 {"block": label, **{str(h): v.item() for h, v in enumerate(row)}}
@@ -499,10 +511,10 @@ def main() -> None:
     ):
         correlation = rank_correlation(silenced[chosen], gradient[chosen])
         print(f"\nrank correlation of the two over {kind} heads: {correlation:.2f}")
-    print_table("Fixed retrieval: the same reads, other values", fixed_retrieval(model, tokens))
+    show_table("Fixed retrieval: the same reads, other values", fixed_retrieval(model, tokens))
     held = held_by_slots(model, tokens, blocks, silenced, load_tokenizer(info["tokenizer"]))
-    print_table("The busiest slots of each block's most important head, and who reads them", held)
-    print_table("Parameters of a block, stored and read per token", cost(model))
+    show_table("The busiest slots of each block's most important head, and who reads them", held)
+    show_table("Parameters of a block, stored and read per token", cost(model))
     if args.plot:
         draw(args.plot, rows, silenced, labels, blocks)
 

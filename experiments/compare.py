@@ -2,8 +2,11 @@
 Which way to deepen a model is worth most? Every method on one base, with the same batches in the
 same order. Measured on the new text, which it learns, and on the old text, which it may forget.
 
+    python experiments/compare.py --methods none llama-pro midus --tokens 4e5 --plot plot.png
     python experiments/compare.py --base base.pt --dataset wikitext2 --data_dir wikitext-2 \\
         --old_dataset text --old_data_dir novels --methods none llama-pro midus --seeds 3
+
+The first line is for a laptop: train.py's tiny base, on Python's documentation.
 
 A method is `none`, one of upscale.py (midus, llama-pro, solar), of baselines.py (stack, stack-top,
 average, opt-deus, lesa), or of ablations.py (pkm, ladder, ...). Its options follow after colons:
@@ -42,6 +45,7 @@ from tqdm import tqdm
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 import baselines
 import common
+import train
 from ablations import VARIANTS
 from common import real_number, whole_number, whole_numbers
 from data import DATASETS, check_vocabulary, get_batch, load_dataset, load_tokenizer
@@ -331,7 +335,8 @@ def make(run: Run, places: Places) -> dict:
     losses = []
     points = []
     try:
-        for step in tqdm(range(steps + 1), unit="step", disable=None if places.show else True):
+        hidden = None if places.show else True
+        for step in tqdm(range(steps + 1), unit="step", disable=hidden, leave=False):
             batch = get_batch(text, step, run.batch_size, T, run.seed)
             batch = (batch[0].to(device), batch[1].to(device))  # both (B, T)
             if step in measured_after:
@@ -430,7 +435,7 @@ def make_all(runs: list[Run], places: Places, jobs: int, path: str, done: list[d
 
     # One that fails does not take the others with it.
     failure = None
-    bar = tqdm(total=len(missing), unit="run", disable=None)
+    bar = tqdm(total=len(missing), unit="run", disable=None, leave=False)
     with bar, ThreadPoolExecutor(jobs) as pool:
         futures = [pool.submit(make_apart, run, places) for run in missing]
         try:
@@ -645,32 +650,44 @@ def print_rows(base: dict, rows: dict[str, list[dict]]) -> None:
 
 
 def plot(base: dict, rows: dict[str, list[dict]], path: str) -> None:
-    """New against old, a curve per method with its name at the end."""
+    """New against old text, or over steps where there is no old; a curve per method, with its name.
+
+    The start is left out: there all stand at the base, far off.
+    """
     from matplotlib import pyplot
 
     figure, axis = pyplot.subplots(figsize=(8, 5))
     for label, runs in rows.items():
-        curve = curve_of(runs)[1:]  # at the start all stand far off, at the base
-        if curve:
-            news = [point["new"] for point in curve]
-            olds = [point["old"] for point in curve]
-            (line,) = axis.plot(news, olds, marker="o", markersize=3)
-            end = (news[-1], olds[-1])
-            axis.annotate(
-                label, end, xytext=(-5, 0), textcoords="offset points", ha="right", va="center",
-                color=line.get_color(), fontsize=9,
-            )  # fmt: skip
-    axis.axhline(base["old"], color="grey", linestyle=":", linewidth=1)
-    axis.text(1, base["old"], " base", transform=axis.get_yaxis_transform(), va="center")
-    axis.set_xscale("log")
+        curve = curve_of(runs)[1:]
+        if not curve:
+            continue
+        news = [point["new"] for point in curve]
+        if "old" in base:
+            xs, ys, where = news, [point["old"] for point in curve], (-6, "right")
+        else:
+            xs, ys, where = [point["step"] for point in curve], news, (6, "left")
+        (line,) = axis.plot(xs, ys, marker="o", markersize=3)
+        how = {"xytext": (where[0], 0), "textcoords": "offset points", "ha": where[1]}
+        axis.annotate(label, (xs[-1], ys[-1]), color=line.get_color(), va="center", **how)
+
+    # Room for the names, on the side where the curves end.
     axis.set_yscale("log")
-    left, right = axis.get_xlim()
-    axis.set_xlim(left / (right / left) ** 0.35, right)  # room for the names
+    if "old" in base:
+        axis.set_xscale("log")
+        left, right = axis.get_xlim()
+        axis.set_xlim(left / (right / left) ** 0.35, right)
+        axis.set_xlabel("perplexity on the new text (better to the left)")
+        axis.set_ylabel("perplexity on the old text (better below)")
+        axis.axhline(base["old"], color="grey", linestyle=":", linewidth=1)
+        axis.text(1, base["old"], " base", transform=axis.get_yaxis_transform(), va="center")
+    else:
+        left, right = axis.get_xlim()
+        axis.set_xlim(left, right + 0.35 * (right - left))
+        axis.set_xlabel("steps")
+        axis.set_ylabel("perplexity on the new text")
     for one in (axis.xaxis, axis.yaxis):
         one.set_major_formatter("{x:.0f}")
         one.set_minor_formatter("{x:.0f}")
-    axis.set_xlabel("perplexity on the new text (better to the left)")
-    axis.set_ylabel("perplexity on the old text (better below)")
     axis.spines[["top", "right"]].set_visible(False)
     figure.tight_layout()
     figure.savefig(path, metadata={"Date": None} if path.endswith(".svg") else None)
@@ -684,7 +701,7 @@ def rates(text: str) -> list[float]:
 def parse_arguments() -> argparse.Namespace:
     parser = common.Parser("Compare ways to deepen a model; resumable.")
     add = parser.add_argument
-    add("--base", required=True, help="a model of transformer blocks alone")
+    add("--base", default="scratch", help="of transformer blocks alone (default: train.py's own)")
     add("--methods", required=True, nargs="+", help="see the head of this file")
     add("--train", choices=("new", "all"), default="new", help="what trains (default new)")
     add("--seeds", type=whole_number, default=1, help="runs per method (default 1)")
@@ -720,8 +737,25 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-def open_base(args: argparse.Namespace) -> tuple[GPT, dict]:
+def train_base(args: argparse.Namespace, device: torch.device) -> str:
+    """The path of the base that train.py makes of nothing. It is trained if it is not there."""
+    nothing = train.Base("scratch", config=None, info={}, model=None)
+    given = {"upscale": "midus", "dataset": args.dataset or "pydocs"}
+    given["data_dir"] = os.path.abspath(args.data_dir or "data")
+    settings = train.choose_settings(given, nothing, device)
+    settings.grad_accum = 1
+    torch.set_num_threads(settings.threads)
+    source = (settings.dataset, settings.tokenizer, settings.data_dir, ("train", "valid"))
+    data = load_dataset(*source)
+    train.get_base(nothing, settings, data, device)
+    own = train.settings_of_scratch_base(settings)
+    return train.path_of_scratch_base(own, data["train"])
+
+
+def open_base(args: argparse.Namespace, device: torch.device) -> tuple[GPT, dict]:
     """The base, and what its file says of it. Raises ValueError if it is none."""
+    if args.base == "scratch":
+        args.base = train_base(args, device)
     base, info = open_model(args.base, args.data_dir or "data")
     check_vocabulary(info["tokenizer"], base.config.vocab_size)
     if base.config.new:
@@ -815,8 +849,8 @@ def refuse_flags(args: argparse.Namespace) -> None:
     """Raises ValueError for flags that do not go together."""
     if args.plot:
         common.need_matplotlib()
-    if (args.plot or args.levels) and args.old_dataset is None:
-        raise ValueError("--plot and --levels tell new from old text; give --old_dataset")
+    if args.levels and args.old_dataset is None:
+        raise ValueError("--levels compares by the old text; give --old_dataset")
     if args.batch_size % args.grad_accum:
         raise ValueError("--grad_accum must divide --batch_size")
 
@@ -829,7 +863,7 @@ def main() -> None:
     jobs = args.jobs or cores
 
     # The base, and what is to be made of it.
-    base, info = open_base(args)
+    base, info = open_base(args, device)
     methods = [read_method(label) for label in args.methods]
     for method in methods:
         complete(method, args, base.config.n_layer)

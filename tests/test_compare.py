@@ -385,6 +385,26 @@ def test_facts_and_a_picture(study, monkeypatch, capsys):
     assert picture.startswith("<?xml")
 
 
+def test_a_laptop_needs_no_base(pydocs, tmp_path, monkeypatch, capsys):
+    """The base that train.py makes of nothing is trained, and found again by train.py."""
+    pytest.importorskip("matplotlib")
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(compare, "make_apart", compare.make)
+    monkeypatch.setattr(torch, "set_num_threads", lambda threads: None)
+    presets = {name: list(values) for name, values in compare.train.PRESETS.items()}
+    presets["base_tokens"][0] = 2048
+    monkeypatch.setattr(compare.train, "PRESETS", presets)
+    flags = "--tokens 512 --lrs 1e-3 --memory_lrs 1e-2 --eval_tokens 320 --jobs 1 --device cpu"
+    data = ["--data_dir", str(pydocs)]
+    words = [*flags.split(), *data, "--methods", "none", "midus", "--plot", "plot.png"]
+    assert call(monkeypatch, "compare.py", *words) == 0
+    assert (tmp_path / "plot.png").exists()
+    capsys.readouterr()
+    words = ["--upscale", "midus", "--tokens", "1024", *data, "--device", "cpu"]
+    assert call(monkeypatch, "train.py", *words) == 0
+    assert "step 2 of 2" in capsys.readouterr().out
+
+
 def test_the_comparison_refuses_in_a_sentence(study, monkeypatch, capsys):
     base, _ = compare.open_model("base.pt")
     deep = upscale(base, "midus", n_keys=8, top_k=4, d_latent=8)

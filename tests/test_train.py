@@ -181,7 +181,7 @@ def test_two_processes_train_like_one(here, monkeypatch, root):
         env=os.environ | {"OMP_NUM_THREADS": "1"},
     )
     assert run.returncode == 0, run.stderr
-    assert run.stdout.count("midus, end") == 1  # only rank 0 prints
+    assert run.stdout.count("next: python") == 1  # only rank 0 prints
     (one, a), (two, b) = load_checkpoint("one.pt"), load_checkpoint("ckpt.pt")
     assert a["step"] == b["step"] == 20
     for x, y in zip(a["history"], b["history"], strict=True):
@@ -235,6 +235,47 @@ def test_groups_cover_every_trainable_parameter_once():
                 bank = names[id(p)].endswith("hive.bank")
                 assert group["lr"] == (1e-2 if bank else 1e-3)
                 assert group["weight_decay"] == (0.1 if p.dim() > 1 and not bank else 0)
+
+
+def test_a_run_ends_with_a_verdict(here, monkeypatch, capsys):
+    """In words, with what the base and the deeper model say, and what to do next."""
+    assert call(monkeypatch, *command(*TINY, *MIDUS, "--tokens", "1e3")) == 0
+    out = capsys.readouterr().out
+    assert "parameters more; it started exactly as the base" in out
+    assert out.rstrip().endswith("next: python eval.py ckpt.pt")
+    base, end = out.split("How each goes on")[1].splitlines()[1:3]
+    assert base.split()[0] == "base" and end.split()[:2] == ["midus,", "end"]
+    assert max(len(base), len(end)) <= 4 + 18 + 80
+
+    base = next(name for name in os.listdir("data") if name.startswith("base-"))
+    flags = f"--upscale solar --base data/{base} --batch_size 4 --tokens 640 --out solar.pt"
+    assert call(monkeypatch, "train.py", *flags.split()) == 0
+    assert "it started at" in capsys.readouterr().out
+
+
+def test_samples_draw_no_random_numbers(here, monkeypatch):
+    """Else the closing table would change what is trained."""
+    assert call(monkeypatch, *command(*TINY, *MIDUS, "--tokens", "1e3")) == 0
+    monkeypatch.setattr(train, "sample", lambda *args: "")
+    assert call(monkeypatch, *command(*TINY, *MIDUS, "--tokens", "1e3", "--out", "b.pt")) == 0
+    (a, _), (b, _) = load_checkpoint("ckpt.pt"), load_checkpoint("b.pt")
+    assert same_weights(a, b)
+
+
+def test_losses_are_drawn_beside_those_of_other_runs(here, monkeypatch, capsys):
+    pytest.importorskip("matplotlib")
+    run = [*TINY, "--tokens", "1e3"]
+    assert call(monkeypatch, *command(*run, *MIDUS, "--out", "m.pt", "--plot")) == 0
+    assert (here / "m.png").read_bytes().startswith(b"\x89PNG")
+    flags = ["--upscale", "llama-pro", "--out", "c.pt", "--plot", "m.jsonl"]
+    assert call(monkeypatch, *command(*run, *flags)) == 0
+    assert (here / "c.png").exists()
+
+    # A file that holds no losses is refused before anything begins.
+    (here / "no.jsonl").write_text("[1]\n")
+    for path in ("no.jsonl", "none.jsonl", "m.pt"):
+        assert call(monkeypatch, *command(*run, "--out", "d.pt", "--plot", path)) == 2
+        assert "does not hold the losses of a run" in capsys.readouterr().err
 
 
 def test_gradient_accumulation_equals_one_batch():
@@ -394,7 +435,7 @@ def test_resume_refuses_what_contradicts_the_checkpoint(here, monkeypatch, capsy
         "--no-compile",
     )  # another machine may need these
     assert call(monkeypatch, "train.py", "--resume", *flags) == 0
-    assert "grad_accum 2" in capsys.readouterr().out
+    assert "grad_accum   2" in capsys.readouterr().out
     (here / "data" / "wiki.train.tokens").write_text("another text\n" * 100)
     assert call(monkeypatch, "train.py", "--resume") == 2
     assert "is not the text ckpt.pt was begun with" in capsys.readouterr().err
