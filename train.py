@@ -130,7 +130,7 @@ PRESETS = {
     "batch_size":  (16,        16,        32,          4),
     "grad_accum":  (1,         1,         8,           1),
     "lr":          (2e-3,      1e-3,      2e-4,        2e-3),
-    "memory_lr":   (1e-2,      1e-2,      1e-3,        5e-2),
+    "memory_lr":   (3e-2,      3e-2,      1e-2,        5e-2),
 }
 # fmt: on
 OF_SCRATCH = ("n_layer", "n_head", "n_embd", "base_tokens", "base_lr")

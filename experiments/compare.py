@@ -668,7 +668,8 @@ def plot(base: dict, rows: dict[str, list[dict]], path: str) -> None:
             xs, ys, where = [point["step"] for point in curve], news, (6, "left")
         (line,) = axis.plot(xs, ys, marker="o", markersize=3)
         how = {"xytext": (where[0], 0), "textcoords": "offset points", "ha": where[1]}
-        axis.annotate(label, (xs[-1], ys[-1]), color=line.get_color(), va="center", **how)
+        name = label.split(":lr=")[0]
+        axis.annotate(name, (xs[-1], ys[-1]), color=line.get_color(), va="center", **how)
 
     # Room for the names, on the side where the curves end.
     axis.set_yscale("log")

@@ -29,14 +29,20 @@ def pytest_configure(config):
     config.addinivalue_line("filterwarnings", "ignore:Sparse CSR tensor support")
 
 
+WITH_A_DEVICE = ("train.py", "eval.py", "upscale.py", "compare.py", "analyze.py", "conventions.py")
+
+
 def call(monkeypatch, script, *arguments):
     """Runs a script's main in this process (a new one takes seconds to import torch).
 
-    Its exit status.
+    On the CPU where nothing else is said: tests compare bits. Returns its exit status.
     """
     from common import run_command
 
-    monkeypatch.setattr(sys, "argv", [script, *map(str, arguments)])
+    words = [str(argument) for argument in arguments]
+    if script.split("/")[-1] in WITH_A_DEVICE and "--device" not in words:
+        words += ["--device", "cpu"]
+    monkeypatch.setattr(sys, "argv", [script, *words])
     try:
         run_command(importlib.import_module(Path(script).stem).main)
     except SystemExit as end:

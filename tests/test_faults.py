@@ -37,6 +37,11 @@ def leftovers(folder):
     return [name for name in os.listdir(folder) if name.endswith(".tmp")]
 
 
+def train_command(root):
+    """On the CPU, where the same bits come out."""
+    return [sys.executable, str(root / "train.py"), "--device", "cpu"]
+
+
 # ---- Killed --------------------------------------------------------------------------------------
 def test_killed_at_any_moment_a_run_ends_as_if_nothing_had_happened(here, monkeypatch, root, long):  # noqa: F811
     """SIGKILL at random moments of the whole command.
@@ -45,9 +50,7 @@ def test_killed_at_any_moment_a_run_ends_as_if_nothing_had_happened(here, monkey
     """
     arguments = command(*TINY, *MIDUS, "--tokens", "2e4", "--save_every", "3")
     start = time.time()
-    run = subprocess.run(
-        [sys.executable, str(root / "train.py"), *arguments[1:], "--out", "whole.pt"]
-    )
+    run = subprocess.run([*train_command(root), *arguments[1:], "--out", "whole.pt"])
     seconds = time.time() - start
     assert run.returncode == 0
     for name in os.listdir("data"):  # the cut run starts with nothing but the text
@@ -61,9 +64,7 @@ def test_killed_at_any_moment_a_run_ends_as_if_nothing_had_happened(here, monkey
     while len(killed) < wanted:
         flags = ["--resume"] if os.path.exists("ckpt.pt") else arguments[1:]
         with open("log", "w") as log:
-            process = subprocess.Popen(
-                [sys.executable, str(root / "train.py"), *flags], stdout=log, stderr=log
-            )
+            process = subprocess.Popen([*train_command(root), *flags], stdout=log, stderr=log)
         end = time.time() + rng.uniform(0.3, 1.0) * seconds
         while process.poll() is None and time.time() < end:
             writing = leftovers(".") + leftovers("data")
@@ -114,7 +115,7 @@ def test_a_full_disk_keeps_the_old_checkpoint(here, monkeypatch, root):  # noqa:
         signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 
     run = subprocess.run(
-        [sys.executable, str(root / "train.py"), "--resume"],
+        [*train_command(root), "--resume"],
         capture_output=True,
         text=True,
         preexec_fn=limit,

@@ -290,6 +290,16 @@ def test_gradient_accumulation_equals_one_batch():
     torch.testing.assert_close(after[0][1], after[1][1], atol=1e-5, rtol=0)
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_two_runs_on_a_gpu_agree_within_tolerance(here, monkeypatch):
+    run = command(*TINY, *MIDUS, "--tokens", "1e3", "--device", "cuda", "--no-compile")
+    for out in ("a.pt", "b.pt"):
+        assert call(monkeypatch, *run, "--out", out) == 0
+    (a, _), (b, _) = load_checkpoint("a.pt"), load_checkpoint("b.pt")
+    for x, y in zip(a.parameters(), b.parameters(), strict=True):
+        torch.testing.assert_close(x, y, atol=1e-3, rtol=1e-2)
+
+
 def test_a_gpu_takes_as_many_sequences_as_fit(monkeypatch):
     """GPT-2's shape, on cards of several sizes; in fp32 half as many; on a Mac at most 8."""
     with torch.device("meta"):
