@@ -126,7 +126,8 @@ def test_flags_it_names_exist(root):
     settings = {field.name for field in dataclasses.fields(train.Settings)}
     for page in PAGES:
         text = (root / page).read_text(encoding="utf-8")
-        for name in {*re.findall(r"`--(\w+)", text)} - {"long"}:
+        for name in {*re.findall(r"`--([\w-]+)", text)} - {"long"}:
+            name = name.removeprefix("no-")
             assert name in settings or f'"--{name}"' in sources, (page, name)
 
 
