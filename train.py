@@ -115,8 +115,8 @@ class Settings(NewBlocks):
         return max(1, self.tokens // (self.batch_size * self.block_size))
 
 
-# What is not given, by the size of the base; for the memory's sizes see upscale.py. Small models
-# were tried, gpt2's values were not. smollm2's are for a CPU: a short run.
+# What is not given, by the size of the base; for the memory's sizes see upscale.py. The memory_lr
+# of small and gpt2, and all else of gpt2, were not tried. smollm2's are for a CPU: a short run.
 # fmt: off
 PRESETS = {
     #              tiny       small      gpt2         smollm2
@@ -653,7 +653,7 @@ def refuse_uneven_parts(settings: Settings) -> None:
         raise ValueError(f"{factor} must divide the batch of {settings.batch_size}")
 
 
-def settings_on_resume(saved: dict, given: dict, out: str, device: torch.device) -> Settings:
+def settings_on_resume(saved: dict, given: dict, out: str) -> Settings:
     """The settings that the run in out was begun with. Only the machine's may be others now."""
     names = {field.name for field in dataclasses.fields(Settings)}
     if "step" not in saved or names != set(saved.get("settings", ())):
@@ -662,7 +662,6 @@ def settings_on_resume(saved: dict, given: dict, out: str, device: torch.device)
 
     # A flag may repeat what the checkpoint says; it may not say something else.
     settings = Settings(**saved["settings"])
-    choose_for_machine(settings, device)
     for name, value in given.items():
         begun_with = getattr(settings, name)
         if name not in OF_THE_MACHINE and value != begun_with:
@@ -764,7 +763,7 @@ def main() -> None:
     # Settings. Whatever can be refused is refused here, before anything long begins.
     if arguments.resume:
         model, saved = load_checkpoint(out)
-        settings = settings_on_resume(saved, given, out, device)
+        settings = settings_on_resume(saved, given, out)
     else:
         refuse_existing_files(out, arguments.overwrite)
         base = find_base(given)

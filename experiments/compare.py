@@ -279,9 +279,11 @@ def look(model: GPT, batch: tuple[Tensor, Tensor], dtype: torch.dtype) -> dict:
         entropies.append(torch.special.entr(weights).sum(dim=-1).mean().item())
 
     hooks = [model.h[i].memory.product_keys.register_forward_hook(watch) for i in model.config.new]
+    model.eval()  # a running mean of queries stays as it is
     with torch.autocast(batch[0].device.type, dtype, enabled=dtype != torch.float32):
         loss = model(*batch)
     loss.backward()
+    model.train()
     for hook in hooks:
         hook.remove()
 
@@ -663,13 +665,23 @@ def plot(base: dict, rows: dict[str, list[dict]], path: str) -> None:
             continue
         news = [point["new"] for point in curve]
         if "old" in base:
-            xs, ys, where = news, [point["old"] for point in curve], (-6, "right")
+            xs = news
+            ys = [point["old"] for point in curve]
+            how = {"xytext": (-6, 0), "ha": "right"}
         else:
-            xs, ys, where = [point["step"] for point in curve], news, (6, "left")
+            xs = [point["step"] for point in curve]
+            ys = news
+            how = {"xytext": (6, 0), "ha": "left"}
         (line,) = axis.plot(xs, ys, marker="o", markersize=3)
-        how = {"xytext": (where[0], 0), "textcoords": "offset points", "ha": where[1]}
         name = label.split(":lr=")[0]
-        axis.annotate(name, (xs[-1], ys[-1]), color=line.get_color(), va="center", **how)
+        axis.annotate(
+            name,
+            (xs[-1], ys[-1]),
+            color=line.get_color(),
+            va="center",
+            textcoords="offset points",
+            **how,
+        )
 
     # Room for the names, on the side where the curves end.
     axis.set_yscale("log")

@@ -34,9 +34,9 @@ ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
 import common
 import hml
-from bench import Bench, infer, ms, ratio, step, table
+from bench import Bench, infer, make_blocks, ms, ratio, step, table
 from hml import HeadwiseMemory, product_key_topk
-from model import GPT, PRETRAINED, GPTConfig, MemoryBlock, TransformerBlock, aligned_product
+from model import GPT, PRETRAINED, GPTConfig, aligned_product
 from train import make_optimizer, train_step
 from upscale import set_trainable, upscale
 
@@ -355,11 +355,7 @@ def block_against_block(b: Bench, quick: bool) -> None:
     T = 64 if quick else 1024
     rows = []
     for n, k in SIZES:
-        torch.manual_seed(0)
-        config = GPTConfig(2, 12, 768, T, 257, "TM", n_keys=n, top_k=k)
-        copied = TransformerBlock(config).to(b.device)
-        memory = MemoryBlock(config).to(b.device)
-        fill_banks(memory)
+        copied, memory = make_blocks(b.device, n, k)
         for B in (1,) if quick else (4, 16):
             x = torch.randn(B, T, 768, device=b.device, requires_grad=True)
             training = {"copied": step(copied, x), "memory": step(memory, x)}
@@ -439,7 +435,7 @@ def a_run(b: Bench, quick: bool) -> None:
     with tempfile.TemporaryDirectory() as folder:
         rows = [
             run_script(folder, [train, "--upscale", "midus", *lengths, *here], True),
-            run_script(folder, [train, "--resume", "--device", "cpu"], True),
+            run_script(folder, [train, "--resume", "--device", "cpu", "--no-compile"], True),
             run_script(folder, [train, "--resume", *here]),
             run_script(folder, [evaluate, "ckpt.pt", *here]),
             run_script(folder, [evaluate, "ckpt.pt", *sample, *here]),

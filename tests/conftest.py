@@ -88,3 +88,25 @@ def gpt2_vocabulary():
     """The test skips where GPT-2's vocabulary is not cached."""
     if "TIKTOKEN_CACHE_DIR" not in os.environ:
         pytest.skip("needs GPT-2's vocabulary; set TIKTOKEN_CACHE_DIR")
+
+
+@pytest.fixture
+def base():
+    """A base for the experiments, of four blocks that all have something to say."""
+    import torch
+
+    from model import GPT, GPTConfig
+
+    torch.manual_seed(0)
+    model = GPT(GPTConfig(4, 2, 32, 16, 50))
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    return model
+
+
+@pytest.fixture
+def tokens():
+    """Something for that base to read, (2, 16)."""
+    import torch
+
+    return torch.randint(50, (2, 16), generator=torch.Generator().manual_seed(0))

@@ -21,20 +21,6 @@ SIZES = {"n_new": 2, "n_keys": 8, "top_k": 4, "d_latent": 8}
 
 
 @pytest.fixture
-def base():
-    torch.manual_seed(0)
-    model = GPT(GPTConfig(4, 2, 32, 16, 50))
-    for parameter in model.parameters():
-        torch.nn.init.normal_(parameter, std=0.3)
-    return model
-
-
-@pytest.fixture
-def tokens():
-    return torch.randint(50, (2, 16), generator=torch.Generator().manual_seed(0))
-
-
-@pytest.fixture
 def study(tmp_path, monkeypatch):
     """A folder with a tiny base and a text; runs are made in this process, which is quicker."""
     text = " = Title = \n the cat sat on the mat , and the dog sat on the cat . \n" * 60

@@ -10,21 +10,6 @@ import torch
 import baselines
 import bench
 import compare
-from model import GPT, GPTConfig
-
-
-@pytest.fixture
-def base():
-    torch.manual_seed(0)
-    model = GPT(GPTConfig(4, 2, 32, 16, 50))
-    for parameter in model.parameters():
-        torch.nn.init.normal_(parameter, std=0.3)
-    return model
-
-
-@pytest.fixture
-def tokens():
-    return torch.randint(50, (2, 16), generator=torch.Generator().manual_seed(0))
 
 
 # ---- bench.py ------------------------------------------------------------------------------------

@@ -316,6 +316,16 @@ def test_a_gpu_takes_as_many_sequences_as_fit(monkeypatch):
     assert train.parts_that_fit(model, settings, torch.device("mps")) == 4
 
 
+def test_a_resume_keeps_what_was_asked_for(here):
+    """--compile too, and the parts: only a flag may change what belongs to the machine."""
+    begun = train.Settings(compile=True, grad_accum=4, threads=3)
+    saved = {"step": 1, "settings": train.dataclasses.asdict(begun)}
+    assert train.settings_on_resume(saved, {}, "ckpt.pt") == begun
+    saved = {"step": 1, "settings": train.dataclasses.asdict(begun)}
+    changed = train.settings_on_resume(saved, {"compile": False}, "ckpt.pt")
+    assert changed.compile is False and changed.grad_accum == 4
+
+
 def test_a_gpu_compiles_where_it_can(monkeypatch):
     for triton, wanted in ((None, False), (object(), True)):
         monkeypatch.setattr(train, "find_spec", lambda name, triton=triton: triton)
