@@ -16,9 +16,9 @@ llama-pro would have copied. solar, stack and lesa were published with every blo
 
 Rates are chosen for each method on seed 0 by the validation split of the new text, in runs of
 --rate_tokens: first --lrs, with the bank's rate in the middle of --memory_lrs, then --memory_lrs
-with the best lr. The figures are of seeds 1, 2, ... and of the test splits, which nothing else
-reads. Every run is measured at five points on its way, so that a curve of new against old can be
-drawn.
+with the best lr. Each search starts in the middle and stops where both neighbours are worse. The
+figures are of seeds 1, 2, ... and of the test splits, which nothing else reads. Every run is
+measured at five points on its way, so that a curve of new against old can be drawn.
 
 Finished runs are lines of the file --results; a run that is there is not made again. What the code
 does is not part of a run's name: after changing some, delete its lines. Shape names: see hml.py.
@@ -479,11 +479,12 @@ def at_the_end(result: dict) -> float:
 
 def best(runs: dict[float, Run], done: list[dict], label: str, what: str) -> float:
     """The rate of the best of these runs; says so when it lies at the edge of those tried."""
-    ends = {rate: at_the_end(find(run, done)) for rate, run in runs.items()}
+    results = {rate: find(run, done) for rate, run in runs.items()}
+    ends = {rate: at_the_end(result) for rate, result in results.items() if result is not None}
     rate = min(ends, key=ends.get)
     tried = ", ".join(f"{tried:g}: {end:.4g}" for tried, end in sorted(ends.items()))
     note = ""
-    if len(ends) > 1 and rate in (min(ends), max(ends)):
+    if rate in (min(ends), max(ends)):
         note = "; at the edge of those tried"
     print(f"{label}: {what} {rate:g} ({tried}{note})")
     return rate
@@ -522,7 +523,7 @@ def choose_rates(
         bank = method.options.get("memory_lr", middle) if method.name in WITH_MEMORY else None
         first_bank[method.label] = bank
         of_lr[method.label] = {lr: vary(trials[method.label], lr, bank) for lr in lrs}
-    lr_of = make_and_choose(of_lr, "lr", done, make_them)
+    lr_of = search(of_lr, "lr", done, make_them)
 
     # Then the bank's, with that lr.
     of_bank = {}
@@ -532,7 +533,7 @@ def choose_rates(
             banks = args.memory_lrs
         trial = trials[method.label]
         of_bank[method.label] = {bank: vary(trial, lr_of[method.label], bank) for bank in banks}
-    bank_of = make_and_choose(of_bank, "banks", done, make_them)
+    bank_of = search(of_bank, "banks", done, make_them)
 
     choices = {}
     for label in first:
@@ -542,21 +543,45 @@ def choose_rates(
     return choices
 
 
-def make_and_choose(
+def search(
     trials: dict[str, dict[float, Run]],
     what: str,
     done: list[dict],
     make_them: Callable[[list[Run]], None],
 ) -> dict[str, float]:
-    """The best rate of each method; trials: by label, a run for each rate. One alone is taken."""
-    make_them([run for runs in trials.values() if len(runs) > 1 for run in runs.values()])
+    """The best rate of each method; trials: by label, a run for each rate. One alone is taken.
+
+    Each method starts in the middle of its rates and goes on while a neighbour is better. So a wide
+    grid costs no more than a narrow one, and the best seldom lies at its edge.
+    """
+    several = {label: runs for label, runs in trials.items() if len(runs) > 1}
+    while True:
+        missing = []
+        for runs in several.values():
+            missing += [run for run in around_the_best(runs, done) if find(run, done) is None]
+        if not missing:
+            break
+        make_them(missing)
+
     chosen_rates = {}
     for label, runs in trials.items():
-        if len(runs) == 1:
-            (chosen_rates[label],) = runs
-        else:
+        if label in several:
             chosen_rates[label] = best(runs, done, label, what)
+        else:
+            (chosen_rates[label],) = runs
     return chosen_rates
+
+
+def around_the_best(runs: dict[float, Run], done: list[dict]) -> list[Run]:
+    """The best run so far, or the one in the middle, and its two neighbours."""
+    rates = sorted(runs)
+    ends = {}
+    for i, rate in enumerate(rates):
+        result = find(runs[rate], done)
+        if result is not None:
+            ends[i] = at_the_end(result)
+    centre = min(ends, key=ends.get) if ends else len(rates) // 2
+    return [runs[rate] for rate in rates[max(0, centre - 1) : centre + 2]]
 
 
 def vary(run: Run, lr: float, memory_lr: float | None) -> Run:
@@ -736,8 +761,8 @@ def parse_arguments() -> argparse.Namespace:
     add("--tokens", type=whole_number, default=1_600_000, help="of each run (default 1.6e6)")
     add("--batch_size", type=whole_number, default=8, help="sequences per step (default 8)")
     add("--grad_accum", type=whole_number, default=1, help="parts of a step's batch (default 1)")
-    add("--lrs", type=rates, default="1e-3,2e-3,4e-3", help="to choose from; or one")
-    add("--memory_lrs", type=rates, default="1e-2,3e-2,1e-1", help="of banks: the same")
+    add("--lrs", type=rates, default="3e-4,1e-3,3e-3,1e-2,3e-2", help="to choose from; or one")
+    add("--memory_lrs", type=rates, default="1e-2,3e-2,1e-1,3e-1", help="of banks: the same")
     add("--rate_tokens", type=whole_number, help="of a run that chooses (default: --tokens)")
     add("--weight_decay", type=real_number, default=0.1, help="(default 0.1)")
 

@@ -227,6 +227,22 @@ def test_the_front_is_what_nothing_beats():
     assert [(p["new"], p["old"]) for p in compare.front(points)] == [(9, 1), (5, 4), (3, 8)]
 
 
+@pytest.mark.parametrize("best, made", [(2, [1, 2, 3]), (3, [1, 2, 3, 4]), (4, [1, 2, 3, 4])])
+def test_a_search_for_a_rate_stops_between_two_worse_ones(monkeypatch, capsys, best, made):
+    """Of five rates, 0 to 4, from the middle; the edge is said to be one."""
+    monkeypatch.setattr(compare, "find", lambda run, done: done.get(run))
+    done = {}
+
+    def make_them(runs: list[int]) -> None:
+        for run in runs:
+            done[run] = {"diverged": False, "points": [{"new": abs(run - best) + 1.0}]}
+
+    trials = {"a": {rate: rate for rate in range(5)}, "b": {7: 7}}
+    assert compare.search(trials, "lr", done, make_them) == {"a": best, "b": 7}
+    assert sorted(done) == made  # one rate alone needs no trial
+    assert ("edge" in capsys.readouterr().out) == (best == 4)
+
+
 def test_the_comparison_runs_once(study, monkeypatch, capsys):
     """In this process, which is quicker; .ci/run has the whole command."""
     flags = [*FLAGS, "--methods", "none", "midus", "--lrs", "1e-3,1e-2"]
