@@ -356,7 +356,8 @@ def data_folder(text: str) -> str:
     while not os.path.exists(existing):
         existing = os.path.dirname(existing)
     if not os.path.isdir(existing) or not os.access(existing, os.W_OK):
-        raise argparse.ArgumentTypeError(f"{text} is no folder, or none that can be written to")
+        sentence = "is no folder, or none that can be written to; name another with --data_dir"
+        raise argparse.ArgumentTypeError(f"{text} {sentence}")
     return path
 
 
@@ -509,7 +510,7 @@ def exit_status(error: BaseException) -> int | None:
     None for a bug, which deserves its traceback.
     """
     message = str(error)
-    if isinstance(error, ValueError | OverflowError):
+    if isinstance(error, ValueError | OverflowError | argparse.ArgumentTypeError):
         return 2
     if isinstance(error, OSError | ArithmeticError | MemoryError) or compiler_failed(error):
         return 1

@@ -32,7 +32,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from common import download, file_sha256, written_whole
+from common import data_folder, download, file_sha256, written_whole
 
 SPLITS = ("train", "valid", "test")
 
@@ -334,9 +334,10 @@ def load_dataset(
 ) -> dict[str, Split]:
     """The splits asked for, by name ("train", "valid", "test").
 
-    Raises ValueError or OSError, one sentence each.
+    Raises ValueError, ArgumentTypeError or OSError, one sentence each.
     """
     vocab_size(tokenizer)  # refuses a bad name before any download
+    data_folder(data_dir)  # a checkpoint may name one that this machine lacks
     return {split: load_split(name, split, tokenizer, data_dir) for split in splits}
 
 

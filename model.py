@@ -347,11 +347,11 @@ class GPT(nn.Module):
             if temperature < 1e-6:  # to divide by less would overflow
                 unread = logits.argmax(dim=-1, keepdim=True)  # (B, 1)
             else:
+                logits = logits.float() / temperature
                 if top_k is not None:
                     best = logits.topk(min(top_k, logits.size(-1))).values  # (B, top_k)
                     logits = logits.masked_fill(logits < best[:, -1:], float("-inf"))
-                probabilities = (logits.float() / temperature).softmax(dim=-1)  # (B, vocab)
-                unread = torch.multinomial(probabilities, 1)  # (B, 1)
+                unread = torch.multinomial(logits.softmax(dim=-1), 1)  # (B, 1)
             tokens = torch.cat((tokens, unread), dim=1)
         return tokens
 

@@ -193,3 +193,46 @@ def test_the_command(tmp_path, monkeypatch, capsys):
         "--seed 1e30",
     ):
         assert run(*line.split())[0] == 2
+
+
+def test_samples_of_odd_models_and_temperatures(tmp_path, monkeypatch, capsys):
+    """A vocabulary larger than the tokenizer's; a temperature that no half type holds; NaN."""
+    monkeypatch.chdir(tmp_path)
+    model = GPT(GPTConfig(1, 1, 8, 32, 600))
+    with torch.no_grad():
+        model.wte.weight[257:] = 10 * model.wte.weight[257:]  # likely, and unknown to the tokenizer
+    save_checkpoint("large.pt", model, tokenizer="bytes")
+    for temperature in ("0", "1e-30", "1", "1e39"):
+        flags = ("--prompt", "One", "--max_new_tokens", "40", "--temperature", temperature)
+        assert call(monkeypatch, "eval.py", "large.pt", *flags) == 0
+        assert "One" in capsys.readouterr().out
+
+    with torch.no_grad():
+        model.wte.weight.fill_(math.nan)
+    save_checkpoint("nan.pt", model, tokenizer="bytes")
+    assert call(monkeypatch, "eval.py", "nan.pt", "--prompt", "One") == 1
+    assert capsys.readouterr().err.startswith("error: ")
+
+
+def test_a_checkpoint_that_does_not_name_its_tokenizer(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    save_checkpoint("plain.pt", GPT(GPTConfig(1, 1, 8, 32, 257)))
+    for script in ("eval.py", "experiments/analyze.py"):
+        assert call(monkeypatch, script, "plain.pt") == 2
+        assert "does not say its tokenizer" in capsys.readouterr().err
+
+
+def test_a_data_folder_that_cannot_be(tmp_path, monkeypatch, capsys):
+    """Named by a flag, or by a checkpoint that comes from another machine."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").write_text("no folder")
+    about = dict(tokenizer="bytes", dataset="pydocs", data_dir=str(tmp_path / "file" / "data"))
+    save_checkpoint("a.pt", GPT(GPTConfig(1, 1, 8, 32, 257)), **about)
+    for script, *flags in (
+        ("eval.py", "a.pt"),
+        ("eval.py", "a.pt", "--data_dir", "file"),
+        ("train.py", "--upscale", "none", "--data_dir", "file"),
+        ("experiments/compare.py", "--base", "a.pt", "--methods", "none"),
+    ):
+        assert call(monkeypatch, script, *flags) == 2
+        assert "name another with --data_dir" in capsys.readouterr().err
