@@ -676,6 +676,23 @@ def print_rows(base: dict, rows: dict[str, list[dict]]) -> None:
     print("\n±: half the range over seeds. start: the new text before training.")
 
 
+def print_inside(rows: dict[str, list[dict]]) -> None:
+    """How the memories were on the way: a table per method, of the seed that was looked into."""
+    for label, runs in rows.items():
+        points = [point for run in runs for point in run["points"] if "entropy" in point]
+        if not points:
+            continue
+        print(f"\nInside {label}\n")
+        lines = []
+        for point in points:
+            used = " / ".join(f"{100 * share:.1f}" for share in point["used"])
+            norms = [f"{norm:.3f}" for norm in point["gradients"].values()]
+            lines.append([str(point["step"]), f"{used} %", f"{point['entropy']:.3f}", *norms])
+        kinds = [f"gradient of {kind}" for kind in points[0]["gradients"]]
+        common.print_table(["step", "slots ever best, by block", "entropy", *kinds], lines)
+    print("\nentropy: of a read's weights, in nats; gradients: norms over all memory blocks")
+
+
 def plot(base: dict, rows: dict[str, list[dict]], path: str) -> None:
     """New against old text, or over steps where there is no old; a curve per method, with its name.
 
@@ -771,6 +788,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--jobs", type=whole_number, help="runs at a time (default: a CPU's cores, else 1)")
     add("--results", type=common.new_file(".jsonl"), default="results.jsonl", help="finished runs")
     add("--levels", type=whole_numbers, default=[], help="of the new text, to compare the old at")
+    add("--inside", action="store_true", help="how slots and gradients were on the way")
     add("--plot", type=common.new_file(".svg", ".png"), help="draw new against old to this file")
     return parser.parse_args()
 
@@ -938,6 +956,8 @@ def main() -> None:
     print_rows(at_start, rows)
     if args.levels:
         print_costs(choices, done, args.levels)
+    if args.inside:
+        print_inside(rows)
     if args.plot:
         plot(at_start, rows, args.plot)
 

@@ -380,9 +380,12 @@ def test_facts_and_a_picture(study, monkeypatch, capsys):
         "linear",
     ]
     flags += ["midus:query=block", "--facts", "facts", "--plot", "curve.svg", "--levels", "240,200"]
-    assert call(monkeypatch, "compare.py", *flags, "--seeds", "2") == 0
+    assert call(monkeypatch, "compare.py", *flags, "--seeds", "2", "--inside") == 0
     out = capsys.readouterr().out
     assert "facts known" in out and "What the new text costs" in out
+    inside = out[out.index("Inside midus:query=block") :].splitlines()
+    steps = [line.split()[1] for line in inside if line.startswith("| ")][2:]
+    assert steps[0] == "0" and len(steps) == 6
     picture = (study / "curve.svg").read_text()
     assert picture.startswith("<?xml")
 
