@@ -55,10 +55,15 @@ def fill_banks(model: nn.Module) -> None:
             nn.init.normal_(module.bank, std=0.02)
 
 
-def try_compiled(b: Bench, functions: dict[str, Callable], name: str, function: Callable) -> None:
-    """Adds the compiled form of a function without arguments to those to be timed, if it works."""
-    fast = torch.compile(function)
+def try_compiled(
+    b: Bench, functions: dict[str, Callable], name: str, function: Callable, **options
+) -> None:
+    """Adds the compiled form of a function without arguments to those to be timed, if it works.
+
+    options: of inductor, which not every version of torch knows.
+    """
     try:
+        fast = torch.compile(function, options=options or None)
         b.seconds(fast)
         functions[name] = fast
     except Exception as error:  # whatever a compiler finds
@@ -180,6 +185,14 @@ def stalls(b: Bench, quick: bool) -> None:
 
 
 # ---- 4. The parts of a step ----------------------------------------------------------------------
+def topk_twice(rows: Tensor, cols: Tensor, k: int) -> tuple:
+    return hml.plain_topk(rows, k), hml.plain_topk(cols, k)
+
+
+def topk_at_once(rows: Tensor, cols: Tensor, k: int) -> tuple:
+    return hml.plain_topk(torch.stack((rows, cols)), k)
+
+
 def parts(b: Bench, quick: bool) -> None:
     """The search in several forms, the bag, the head, the loss."""
     T = 32 if quick else 1024
@@ -193,11 +206,15 @@ def parts(b: Bench, quick: bool) -> None:
             "topk": lambda s=scores, k=k: hml.plain_topk(s, k),
             "sort": lambda s=scores, k=k: s.sort(dim=-1, descending=True).values[..., :k],
             "rounds": lambda s=scores, k=k: hml.topk_by_rounds(s, k),
+            "topk of both halves": lambda r=scores, c=other, k=k: topk_twice(r, c, k),
+            "the same in one call": lambda r=scores, c=other, k=k: topk_at_once(r, c, k),
             "whole search": lambda r=scores, c=other, k=k: product_key_topk(r, c, k),
         }
+        sort = functions["sort"]
         rounds = functions["rounds"]
         search = functions["whole search"]
         if not quick:
+            try_compiled(b, functions, "sort, compiled", sort, decompose_sort_ops=True)
             try_compiled(b, functions, "rounds, compiled", rounds)
             try_compiled(b, functions, "whole search, compiled", search)
         times = b.turns(functions)
