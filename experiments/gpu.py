@@ -442,7 +442,10 @@ def run_script(folder: str, words: list[str], stop_after_save: bool = False) -> 
 
 
 def a_run(b: Bench, quick: bool) -> None:
-    """train.py on pydocs: interrupted, resumed on the CPU, interrupted, resumed; eval; a sample."""
+    """train.py on pydocs: interrupted, resumed on the CPU, interrupted, resumed; eval; a sample.
+
+    quick: on a few lines of text instead.
+    """
     train = os.path.join(ROOT, "train.py")
     evaluate = os.path.join(ROOT, "eval.py")
     tokens = "4e4" if quick else "4e5"
@@ -450,8 +453,14 @@ def a_run(b: Bench, quick: bool) -> None:
     lengths = ["--base_tokens", tokens, "--tokens", tokens, "--save_every", "5"]
     sample = ["--prompt", "The function", "--max_new_tokens", "20"]
     with tempfile.TemporaryDirectory() as folder:
+        text = ["--dataset", "pydocs"]
+        if quick:
+            text = ["--dataset", "text", "--data_dir", folder]
+            for split in ("train", "valid", "test"):
+                with open(os.path.join(folder, f"{split}.txt"), "w") as file:
+                    file.write("The function returns a number. " * 200)
         rows = [
-            run_script(folder, [train, "--upscale", "midus", *lengths, *here], True),
+            run_script(folder, [train, "--upscale", "midus", *text, *lengths, *here], True),
             run_script(folder, [train, "--resume", "--device", "cpu", "--no-compile"], True),
             run_script(folder, [train, "--resume", *here]),
             run_script(folder, [evaluate, "ckpt.pt", *here]),
