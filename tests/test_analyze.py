@@ -25,13 +25,8 @@ def model():
 
 def test_slots_holding_a_share():
     weight = torch.tensor([1.0, 6, 1, 0, 2])
-    assert [analyze.slots_holding(weight, share) for share in (0.5, 0.6, 0.8, 0.81, 0.99)] == [
-        1,
-        1,
-        2,
-        3,
-        4,
-    ]
+    held = [analyze.slots_holding(weight, share) for share in (0.5, 0.6, 0.8, 0.81, 0.99)]
+    assert held == [1, 1, 2, 3, 4]
     assert analyze.slots_holding(torch.ones(10), 0.9) == 9
 
 
@@ -145,9 +140,7 @@ def test_effective_rank():
 
 
 def test_a_slot_that_answers_one_token(model):
-    """Keys are replaced by a look-up in which token t reads slot t alone, and token 7 is the most
-    frequent.
-    """
+    """Keys are replaced by a look-up: token t reads slot t alone, and token 7 is most frequent."""
     tokens = np.array([7, 1, 7, 2, 7, 3, 7, 1, 7, 5, 7, 1] * 4 + [0], dtype=np.uint16)
     seen = []
 
@@ -166,6 +159,16 @@ def test_a_slot_that_answers_one_token(model):
     )
     assert second["slot"] == 1 and second["share"] == pytest.approx(0.25)
     assert all(tokens[place] == 7 for place in first["places"])
+
+
+def test_the_favourite_token_of_a_slot():
+    tokens = np.array([3, 3, 4, 5], dtype=np.uint16)
+    weights = torch.tensor([[0.5, 0.5]] * 4).double()  # (tokens, k)
+    own = torch.tensor([[6, 7], [6, 7], [8, 9], [10, 11]])  # each token has slots of its own
+    assert analyze.favourite(weights, own, tokens) == pytest.approx(1)
+    assert analyze.favourite(weights, own * 0, tokens) == pytest.approx(0.5)  # token 3 is half
+    mixed = torch.tensor([[6, 7], [6, 8], [6, 8], [6, 7]])  # 6: 2 of 4 are token 3; 7, 8: 1 of 2
+    assert analyze.favourite(weights, mixed, tokens) == pytest.approx(0.5)
 
 
 def test_cost_by_hand(model):
