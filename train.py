@@ -413,7 +413,8 @@ def add_row(
     row["parameters"] = sum(p.numel() for p in model.parameters())
     row["added"] = sum(p.numel() for p in new)
     row["trained"] = sum(p.numel() for p in trained)
-    row["sample"] = sample(model, settings.tokenizer, data["valid"])
+    if not progress.rows or not label.endswith("start"):  # there it says what the base says
+        row["sample"] = sample(model, settings.tokenizer, data["valid"])
     progress.rows.append(row)
 
 
