@@ -274,36 +274,45 @@ class HeadwiseMemory(nn.Module):
 @torch.no_grad()
 def show_example() -> None:
     """Prints the example of the docstring, step by step."""
-    torch.set_printoptions(precision=3)
-    query = torch.tensor([1.0, 2, 2, -1])
-    heads = query.view(1, 1, 1, 4)  # (B, T, H, d_h)
-    memory = HeadwiseMemory(n_head=1, head_dim=4, n_keys=3, top_k=2, d_latent=2)
-    print("with an empty bank    ", memory(heads).flatten())
 
-    # Keys, entries and W as in the docstring.
+    def show(name: str, *tensors: Tensor) -> None:
+        lists = [[round(x, 3) for x in tensor.flatten().tolist()] for tensor in tensors]
+        print(f"{name:24}", *lists)
+
+    # Query, keys, entries and W as in the docstring.
+    query = torch.tensor([1.0, 2, 2, -1])
     row_keys = torch.tensor([[0.0, 1], [1, 2], [1, -1]])
     col_keys = torch.tensor([[2.0, 0], [0, 1], [1, -1]])
+    entries = torch.tensor([[4.0, 0], [0.0, 4]])
+    proj = torch.tensor([[1.0, 0, 2, 1], [0, 1, 0, -1]])
+    show("query, in two halves", query[:2], query[2:])
+    show("row keys", *row_keys)
+    show("column keys", *col_keys)
+    show("bank, entries 3 and 5", *entries)
+    show("projection W", *proj)
+
+    heads = query.view(1, 1, 1, 4)  # (B, T, H, d_h)
+    memory = HeadwiseMemory(n_head=1, head_dim=4, n_keys=3, top_k=2, d_latent=2)
+    show("with an empty bank", memory(heads))
     memory.product_keys.keys[:] = torch.stack((row_keys, col_keys))[:, None]  # (2, H, n, d_h/2)
-    memory.hive.bank[3] = torch.tensor([4.0, 0])
-    memory.hive.bank[5] = torch.tensor([0.0, 4])
-    memory.hive.proj[0] = torch.tensor([[1.0, 0, 2, 1], [0, 1, 0, -1]])
+    memory.hive.bank[[3, 5]] = entries
+    memory.hive.proj[0] = proj
 
     # The search, and beside it all nine sums that it does not need.
     row_scores = row_keys @ query[:2]  # (n,)
     col_scores = col_keys @ query[2:]  # (n,)
-    for name, scores in (("row", row_scores), ("col", col_scores)):
-        best, places = topk(scores, 2)
-        print(f"{name} scores            ", scores, "best", places, "with", best)
-    i, j = candidate_pairs(2, query.device)
-    print("pairs that can win    ", *zip(i.tolist(), j.tolist()))
-    print("best scores and slots ", *product_key_topk(row_scores, col_scores, 2))
-    print("of all nine sums      ", (row_scores[:, None] + col_scores).flatten())
+    show("row scores", row_scores)
+    show("column scores", col_scores)
+    show("best rows and columns", topk(row_scores, 2)[1], topk(col_scores, 2)[1])
+    show("pairs that can win", *torch.stack(candidate_pairs(2, query.device), dim=1))
+    show("best scores and slots", *product_key_topk(row_scores, col_scores, 2))
+    show("of all nine sums", row_scores[:, None] + col_scores)
 
     # What is read, and what becomes of it.
     weights, slots = memory.read(heads)
-    print("weights and entries   ", weights.flatten(), *memory.hive.bank[slots.flatten()])
-    print("latent z              ", pool(weights, slots, memory.hive.bank).flatten())
-    print("the head's value m    ", memory(heads).flatten())
+    show("weights and entries", weights, *memory.hive.bank[slots.flatten()])
+    show("latent z", pool(weights, slots, memory.hive.bank))
+    show("the head's value m", memory(heads))
 
 
 # ---- 5. Speed only: stop here --------------------------------------------------------------------

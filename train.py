@@ -75,25 +75,27 @@ class Settings(NewBlocks):
     dataset: str = flag("text to train on (default: the base's own, or pydocs)", choices=DATASETS)
     data_dir: str = flag("folder of data and caches (default ./data)", type=common.data_folder)
     tokenizer: str = flag("gpt2, gpt2:N, bytes (default: the base's; from scratch by dataset)")
-    train: str = flag("what learns: new (midus, llama-pro), all (else), or blocks from 1: 2,4")
+    train: str = flag(
+        "what learns: new blocks (for midus, llama-pro), all (else), or blocks 2,4 of 1, 2, ..."
+    )
     preset: str = flag("sizes and rates (default: by the base's width)", choices=PRESET_NAMES)
 
     # The shape of a base from scratch, and its own training before it is up-scaled.
-    n_layer: int = flag("transformer blocks", group="a base from scratch")
-    n_head: int = flag("attention heads")
-    n_embd: int = flag("width; a multiple of n_head")
-    base_tokens: int = flag("training tokens of the base")
-    base_lr: float = flag("peak learning rate of the base")
+    n_layer: int = flag("transformer blocks (by preset)", group="a base from scratch")
+    n_head: int = flag("attention heads (by preset)")
+    n_embd: int = flag("width; a multiple of n_head (by preset)")
+    base_tokens: int = flag("training tokens of the base (by preset)")
+    base_lr: float = flag("peak learning rate of the base (by preset)")
 
     # How it is trained. The rate rises for `warmup` steps, then falls to a tenth. grad_accum
     # changes the result by no more than rounding. An entry of a bank is read seldom, so it has few
     # steps to learn in: banks have a rate of their own [Lample et al. 2019].
-    tokens: int = flag("training tokens (for GPT-2 one epoch)", group="training")
-    block_size: int = flag("tokens in a sequence")
-    batch_size: int = flag("sequences in an optimizer step")
+    tokens: int = flag("training tokens (by preset; for gpt2 one epoch)", group="training")
+    block_size: int = flag("tokens in a sequence (by preset)")
+    batch_size: int = flag("sequences in an optimizer step (by preset)")
     grad_accum: int = flag("parts of a step's batch (on a GPU: as few as its memory allows)")
-    lr: float = flag("peak learning rate")
-    memory_lr: float = flag("peak learning rate of memory banks")
+    lr: float = flag("peak learning rate (by preset)")
+    memory_lr: float = flag("peak learning rate of memory banks (by preset)")
     weight_decay: float = flag("of matrices, never of banks", 0.1)
     warmup: int = flag(
         "steps of rising learning rate (default: 5%% of all)", type=common.seed_number
@@ -239,6 +241,10 @@ class Progress:
     optimizer: dict | None = None
 
 
+def stem(path: str) -> str:
+    return os.path.basename(path).split(".")[0]
+
+
 def log_name(path: str) -> str:
     return path.removesuffix(".pt") + ".jsonl"
 
@@ -382,7 +388,10 @@ def train(
 
 # ---- The closing table ---------------------------------------------------------------------------
 def run_name(settings: Settings) -> str:
-    return "base" if settings.upscale == "none" else settings.upscale
+    """What a run is called in tables and pictures: its method, or the model that it trains on."""
+    if settings.upscale != "none":
+        return settings.upscale
+    return "base" if settings.base == "scratch" else stem(settings.base)
 
 
 def sample(model: GPT, tokenizer_name: str, split: Split) -> str:
@@ -465,7 +474,7 @@ def read_history(path: str) -> list[dict]:
 
 def draw(progress: Progress, settings: Settings, others: list[str], out: str) -> None:
     """The losses of this run, and of others beside it, in a picture named like the checkpoint."""
-    histories = {os.path.basename(path).split(".")[0]: read_history(path) for path in others}
+    histories = {stem(path): read_history(path) for path in others}
     histories[run_name(settings)] = progress.history
     picture = out.removesuffix(".pt") + ".png"
     common.plot_losses(histories, picture)
@@ -680,12 +689,12 @@ def print_settings(settings: Settings, device: torch.device) -> None:
             shown = groups[field.metadata["group"]] = []
         value = getattr(settings, field.name)
         if value is not None:
-            shown.append(f"{field.name:13}{value!s:15}")
+            shown.append(f"{field.name:12} {value!s:13}")
     for group, shown in groups.items():
         if shown:
             print(group)
         for first in range(0, len(shown), 3):
-            print("   ", "".join(shown[first : first + 3]).rstrip())
+            print("   ", "  ".join(shown[first : first + 3]).rstrip())
     if device.type == "cuda" and not common.has_bf16(device):
         print("this card does not compute in bf16: it trains in fp32 (fp16 is not offered)")
 
@@ -750,8 +759,11 @@ def get_base(base: Base, settings: Settings, data: dict[str, Split], device: tor
     if os.path.exists(path):
         model, saved = load_checkpoint(path)
         progress = progress_on_resume(saved, data["train"], path)
-    print(f"base: {path}, step {progress.step} of {settings.steps()}")
     model = model.to(device)
+    if progress.step == settings.steps():
+        print(f"\nbase: {path}, trained already")
+        return model
+    print(f"\nbase: {path}, step {progress.step} of {settings.steps()}")
     train(model, settings, progress, data, path, go_on="the same command")
     return model
 

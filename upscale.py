@@ -34,11 +34,14 @@ class NewBlocks:
     every: int = flag("one new block per so many blocks (default 2)", group="new blocks")
     positions: list = flag("new blocks right after these: 1,3,5")
     n_new: int = flag("so many new blocks, spread evenly")
-    n_keys: int = flag("keys per half; n_keys squared slots")
-    top_k: int = flag("slots read per token and head")
-    d_latent: int = flag("width of an entry of the bank")
+    n_keys: int = flag("keys per half, n_keys squared slots (default 32, 64 or 128, by width)")
+    top_k: int = flag("slots read per token and head (default 8, or 16 for widths over 640)")
+    d_latent: int = flag("width of an entry of the bank (default 32, or 64 for widths over 128)")
     query_norm: bool = flag("normalise queries (not in the paper)")
-    query: str = flag("heads (default) or block: see MemoryBlock", choices=("heads", "block"))
+    query: str = flag(
+        "what a head asks with: its output (default) or its slice of x + attention",
+        choices=("heads", "block"),
+    )
 
 
 def memory_sizes(n_embd: int) -> dict[str, int]:

@@ -434,6 +434,7 @@ def make_all(runs: list[Run], places: Places, jobs: int, path: str, done: list[d
             missing.append(run)
     if not missing:
         return
+    print(f"{len(missing)} runs to make", flush=True)
 
     # One that fails does not take the others with it.
     failure = None
@@ -736,13 +737,15 @@ def plot(base: dict, rows: dict[str, list[dict]], path: str) -> None:
         axis.axhline(base["old"], color="grey", linestyle=":", linewidth=1)
         axis.text(1, base["old"], " base", transform=axis.get_yaxis_transform(), va="center")
     else:
+        axis.axhline(base["new"], color="grey", linestyle=":", linewidth=1)
+        axis.text(0, base["new"], "base", va="bottom")
         left, right = axis.get_xlim()
-        axis.set_xlim(left, right + 0.35 * (right - left))
+        axis.set_xlim(0, right + 0.2 * (right - left))
         axis.set_xlabel("steps")
         axis.set_ylabel("perplexity on the new text")
     for one in (axis.xaxis, axis.yaxis):
-        one.set_major_formatter("{x:.0f}")
-        one.set_minor_formatter("{x:.0f}")
+        one.set_major_formatter("{x:.4g}")
+        one.set_minor_formatter("{x:.4g}")
     axis.spines[["top", "right"]].set_visible(False)
     figure.tight_layout()
     figure.savefig(path, metadata={"Date": None} if path.endswith(".svg") else None)
@@ -757,7 +760,8 @@ def parse_arguments() -> argparse.Namespace:
     parser = common.Parser("Compare ways to deepen a model; resumable.")
     add = parser.add_argument
     add("--base", default="scratch", help="of transformer blocks alone (default: train.py's own)")
-    add("--methods", required=True, nargs="+", help="see the head of this file")
+    words = f"of {', '.join(METHODS)}; options after colons: midus:query=block"
+    add("--methods", required=True, nargs="+", help=words)
     add("--train", choices=("new", "all"), default="new", help="what trains (default new)")
     add("--seeds", type=whole_number, default=1, help="runs per method (default 1)")
 

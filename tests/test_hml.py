@@ -288,22 +288,14 @@ def test_the_worked_example(root):
     """
     run = subprocess.run([sys.executable, str(root / "hml.py")], capture_output=True, text=True)
     assert run.returncode == 0 and run.stderr == ""
-    printed = {
-        line[:22].strip(): line[22:].replace("tensor", "") for line in run.stdout.splitlines()
-    }
-    assert printed["with an empty bank"].split("]")[0] == " ([0., 0., 0., 0."
-    numbers = {
-        name: [float(x) for x in re.findall(r"-?\d+\.?\d*", text)] for name, text in printed.items()
-    }
-    assert numbers["row scores"] == [2, 5, -1, 1, 0, 5, 2] and numbers["col scores"] == [
-        4,
-        -1,
-        3,
-        0,
-        2,
-        4,
-        3,
-    ]
+    numbers = {}
+    for line in run.stdout.splitlines():
+        name, what = line[:24].strip(), line[24:]
+        numbers[name] = [float(x) for x in re.findall(r"-?\d+\.?\d*", what)]
+    assert numbers["query, in two halves"] == [1, 2, 2, -1]
+    assert numbers["with an empty bank"] == [0, 0, 0, 0]
+    assert numbers["row scores"] == [2, 5, -1] and numbers["column scores"] == [4, -1, 3]
+    assert numbers["best rows and columns"] == [1, 0, 0, 2]
     assert numbers["pairs that can win"] == [0, 0, 0, 1, 1, 0]
     assert numbers["best scores and slots"] == [9, 8, 3, 5]
     sums = torch.tensor(numbers["of all nine sums"])
