@@ -700,6 +700,7 @@ def plot(base: dict, rows: dict[str, list[dict]], path: str) -> None:
     The start is left out: there all stand at the base, far off.
     """
     from matplotlib import pyplot
+    from matplotlib.ticker import LogLocator, NullLocator
 
     figure, axis = pyplot.subplots(figsize=(8, 5))
     for label, runs in rows.items():
@@ -710,28 +711,32 @@ def plot(base: dict, rows: dict[str, list[dict]], path: str) -> None:
         if "old" in base:
             xs = news
             ys = [point["old"] for point in curve]
-            how = {"xytext": (-6, 0), "ha": "right"}
+            how = {"xytext": (-4, 2), "ha": "right", "va": "bottom"}
         else:
             xs = [point["step"] for point in curve]
             ys = news
-            how = {"xytext": (6, 0), "ha": "left"}
+            how = {"xytext": (6, 0), "ha": "left", "va": "center"}
         (line,) = axis.plot(xs, ys, marker="o", markersize=3)
         name = label.split(":lr=")[0]
         axis.annotate(
             name,
             (xs[-1], ys[-1]),
             color=line.get_color(),
-            va="center",
             textcoords="offset points",
+            bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.7, "pad": 0.5},
             **how,
         )
 
     # Room for the names, on the side where the curves end.
-    axis.set_yscale("log")
     if "old" in base:
         axis.set_xscale("log")
+        axis.set_yscale("log")
+        for one in (axis.xaxis, axis.yaxis):
+            one.set_major_locator(LogLocator(subs=(1, 1.2, 1.5, 2, 3, 5, 7)))
+            one.set_major_formatter("{x:.4g}")
+            one.set_minor_locator(NullLocator())
         left, right = axis.get_xlim()
-        axis.set_xlim(left / (right / left) ** 0.35, right)
+        axis.set_xlim(left / (right / left) ** 0.25, right)
         axis.set_xlabel("perplexity on the new text (better to the left)")
         axis.set_ylabel("perplexity on the old text (better below)")
         axis.axhline(base["old"], color="grey", linestyle=":", linewidth=1)
@@ -739,13 +744,10 @@ def plot(base: dict, rows: dict[str, list[dict]], path: str) -> None:
     else:
         axis.axhline(base["new"], color="grey", linestyle=":", linewidth=1)
         axis.text(0, base["new"], "base", va="bottom")
-        left, right = axis.get_xlim()
-        axis.set_xlim(0, right + 0.2 * (right - left))
+        _, right = axis.get_xlim()
+        axis.set_xlim(0, 1.2 * right)
         axis.set_xlabel("steps")
         axis.set_ylabel("perplexity on the new text")
-    for one in (axis.xaxis, axis.yaxis):
-        one.set_major_formatter("{x:.4g}")
-        one.set_minor_formatter("{x:.4g}")
     axis.spines[["top", "right"]].set_visible(False)
     figure.tight_layout()
     figure.savefig(path, metadata={"Date": None} if path.endswith(".svg") else None)
