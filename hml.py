@@ -280,6 +280,7 @@ def show_example() -> None:
         print(f"{name:24}", *lists)
 
     # Query, keys, entries and W as in the docstring.
+    print("one head, 3 x 3 slots, k = 2; the head of this file explains each line")
     query = torch.tensor([1.0, 2, 2, -1])
     row_keys = torch.tensor([[0.0, 1], [1, 2], [1, -1]])
     col_keys = torch.tensor([[2.0, 0], [0, 1], [1, -1]])
