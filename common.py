@@ -443,7 +443,8 @@ def plot_losses(histories: dict[str, list[dict]], path: str) -> None:
     for name, entries in histories.items():
         # Training losses jump from batch to batch: means over a fiftieth of the run.
         span = max(1, len(entries) // 50)
-        groups = [entries[i : i + span] for i in range(0, len(entries), span)]
+        whole = range(0, len(entries) - span + 1, span)  # a shorter one at the end would jump
+        groups = [entries[i : i + span] for i in whole]
         steps = [group[-1]["step"] for group in groups]
         means = [sum(entry["loss"] for entry in group) / len(group) for group in groups]
         (line,) = axis.plot(steps, means, linewidth=1, alpha=0.5)

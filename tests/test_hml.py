@@ -360,6 +360,12 @@ def test_the_layer_on_fake_tensors():
         assert out.shape == (2, 5, 16) and memory.hive.bank.grad.shape == (36, 4)
 
 
+def test_meta_tensors_end_in_torchs_own_words():
+    """autocast knows no such device; the sentence is torch's."""
+    with torch.device("meta"), pytest.raises(RuntimeError, match="unsupported"):
+        HeadwiseMemory(2, 8, 6, 3, 4)(torch.empty(2, 5, 2, 8))
+
+
 def test_one_file_is_enough(tmp_path, root):
     """hml.py alone in an empty folder, with torch and no numpy."""
     shutil.copyfile(root / "hml.py", tmp_path / "hml.py")
