@@ -76,7 +76,8 @@ class Settings(NewBlocks):
     data_dir: str = flag("folder of data and caches (default ./data)", type=common.data_folder)
     tokenizer: str = flag("gpt2, gpt2:N, bytes (default: the base's; from scratch by dataset)")
     train: str = flag(
-        "what learns: new blocks (for midus, llama-pro), all (else), or blocks 2,4 of 1, 2, ..."
+        "what learns: new, the new blocks (default for midus, llama-pro); all (else); or blocks by "
+        "their numbers from 1: 2,4"
     )
     preset: str = flag("sizes and rates (default: by the base's width)", choices=PRESET_NAMES)
 
@@ -242,7 +243,8 @@ class Progress:
 
 
 def stem(path: str) -> str:
-    return os.path.basename(path).split(".")[0]
+    """The name of a file or folder without what follows its first dot."""
+    return os.path.basename(os.path.normpath(path)).split(".")[0]
 
 
 def log_name(path: str) -> str:
