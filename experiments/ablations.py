@@ -157,15 +157,25 @@ def ladder(
     residual: bool = False,
     write: str = "slice",
     centred: bool = False,
+    key_scale: float = 1.0,
+    value_scale: float = 1.0,
 ) -> None:
-    """LadderBlock in the place of every memory block. Raises ValueError for an unknown choice."""
+    """LadderBlock in the place of every memory block. Raises ValueError for an unknown choice.
+
+    key_scale: the keys start so many times larger, which makes a read's weights less alike.
+    value_scale: so does every W_h; a step of the bank then moves the stream that much farther.
+    """
     if query not in QUERIES or write not in WRITES:
         choices = f"query one of {', '.join(QUERIES)}, write one of {', '.join(WRITES)}"
         raise ValueError(f"ladder takes {choices}; not {query}, {write}")
     for i in model.config.new:
         midus = model.h[i]
         below = model.h[i - 1]
-        model.h[i] = LadderBlock(midus, below, model.config, query, residual, write, centred)
+        block = LadderBlock(midus, below, model.config, query, residual, write, centred)
+        with torch.no_grad():
+            block.memory.product_keys.keys.mul_(key_scale)
+            block.memory.hive.proj.mul_(value_scale)
+        model.h[i] = block
 
 
 def pkm(model: GPT) -> None:

@@ -89,7 +89,14 @@ FOR_MEMORY = {
     "query_norm": yes_or_no,
 }
 FOR_MIDUS = {"query": str}
-FOR_LADDER = {"query": str, "residual": yes_or_no, "write": str, "centred": yes_or_no}
+FOR_LADDER = {
+    "query": str,
+    "residual": yes_or_no,
+    "write": str,
+    "centred": yes_or_no,
+    "key_scale": real_number,
+    "value_scale": real_number,
+}
 
 
 def known_options(method: str) -> dict[str, Callable]:
@@ -324,7 +331,8 @@ def make(run: Run, places: Places) -> dict:
     dtype = getattr(torch, run.dtype)
     inside = run.seed == 1 and has_memory(model)  # one seed is looked into
     result = dataclasses.asdict(run)
-    result["added"] = count(p for i in model.config.new for p in model.h[i].parameters())
+    added = {p for i in model.config.new for p in model.h[i].parameters()}  # a shared one once
+    result["added"] = count(added)
     result["trained"] = count(p for p in model.parameters() if p.requires_grad)
 
     # The same loop for every method. A thread of its own on a CPU is timed by the processor's

@@ -88,6 +88,17 @@ def test_the_lowest_rungs_are_the_two_readings(base, tokens):
         torch.testing.assert_close(rung(tokens), midus(tokens))
 
 
+def test_keys_and_projections_start_larger_where_asked(base):
+    scaled = {"key_scale": 4.0, "value_scale": 10.0}
+    models = []
+    for options in ({}, scaled):
+        torch.manual_seed(1)
+        models.append(compare.build(base, "ladder", {**SIZES, **options})[0])
+    plain, larger = (model.h[model.config.new[0]].memory for model in models)
+    torch.testing.assert_close(larger.product_keys.keys, 4 * plain.product_keys.keys)
+    torch.testing.assert_close(larger.hive.proj, 10 * plain.hive.proj)
+
+
 def test_a_centred_query_is_less_its_mean(base, tokens):
     torch.manual_seed(0)
     keys = ablations.Centred(GPTConfig(1, 2, 8, 4, 5, n_keys=8, top_k=4))
