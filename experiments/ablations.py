@@ -159,11 +159,13 @@ def ladder(
     centred: bool = False,
     key_scale: float = 1.0,
     value_scale: float = 1.0,
+    shared: bool = False,
 ) -> None:
     """LadderBlock in the place of every memory block. Raises ValueError for an unknown choice.
 
     key_scale: the keys start so many times larger, which makes a read's weights less alike.
     value_scale: so does every W_h; a step of the bank then moves the stream that much farther.
+    shared: one bank for all memory blocks.
     """
     if query not in QUERIES or write not in WRITES:
         choices = f"query one of {', '.join(QUERIES)}, write one of {', '.join(WRITES)}"
@@ -176,6 +178,8 @@ def ladder(
             block.memory.product_keys.keys.mul_(key_scale)
             block.memory.hive.proj.mul_(value_scale)
         model.h[i] = block
+    if shared:
+        shared_bank(model)
 
 
 def pkm(model: GPT) -> None:

@@ -96,6 +96,7 @@ FOR_LADDER = {
     "centred": yes_or_no,
     "key_scale": real_number,
     "value_scale": real_number,
+    "shared": yes_or_no,
 }
 
 

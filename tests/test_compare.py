@@ -99,6 +99,14 @@ def test_keys_and_projections_start_larger_where_asked(base):
     torch.testing.assert_close(larger.hive.proj, 10 * plain.hive.proj)
 
 
+def test_a_shared_bank_is_one_bank_and_counts_once(base):
+    def size(**options):
+        model, _ = compare.build(base, "ladder", {**SIZES, **options})
+        return sum(parameter.numel() for parameter in model.parameters())
+
+    assert size() - size(shared=True) == 64 * 8  # two memory blocks, a bank of (N, d_v)
+
+
 def test_a_centred_query_is_less_its_mean(base, tokens):
     torch.manual_seed(0)
     keys = ablations.Centred(GPTConfig(1, 2, 8, 4, 5, n_keys=8, top_k=4))
