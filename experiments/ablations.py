@@ -7,6 +7,7 @@ place of the memory blocks. hml.py stays the method. All start as exactly the ba
     ladder         from midus's block to a product-key memory, one rung at a time
     pkm            the top of the ladder: one memory for the whole hidden state, without HIVE
     linear         no memory: what attention alone brings
+    feed-forward   no memory and no attention: what the other half of a copied block brings
     head-tables    a value table per head instead of one bank seen through projections
     one-w          one W for all heads
     shared-bank    one bank for all memory blocks
@@ -25,6 +26,7 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 from hml import HIVE, ProductKeys, pool
 from model import GPT, GPTConfig, MemoryBlock, TransformerBlock
 
+WITHOUT_MEMORY = ("linear", "feed-forward")
 QUERIES = ("heads", "token", "block", "own")
 WRITES = ("slice", "full", "plain")
 
@@ -213,6 +215,26 @@ def linear(model: GPT) -> None:
         model.h[i] = AttentionOnly(model.h[i], model.config)
 
 
+class FeedForwardOnly(nn.Module):
+    """x + MLP(LN2(x)), copied from the block below, with its last projection at zero. (B, T, C)."""
+
+    def __init__(self, below: TransformerBlock):
+        super().__init__()
+        self.ln_1 = copy.deepcopy(below.ln_2)  # a model knows its blocks' first norm by this name
+        self.mlp = copy.deepcopy(below.mlp)
+        for parameter in self.mlp.c_proj.parameters():
+            nn.init.zeros_(parameter)
+
+    def forward(self, x: Tensor, cache: dict | None = None) -> Tensor:
+        return x + self.mlp(self.ln_1(x))
+
+
+def feed_forward(model: GPT) -> None:
+    """A copied block without its attention."""
+    for i in model.config.new:
+        model.h[i] = FeedForwardOnly(model.h[i - 1])
+
+
 # ---- Other values than HIVE's --------------------------------------------------------------------
 class HeadTables(HIVE):
     """A value table (N, d_h) for each head, all in one bank (H * N, d_h); nothing is shared."""
@@ -260,6 +282,7 @@ VARIANTS = {
     "ladder": ladder,
     "pkm": pkm,
     "linear": linear,
+    "feed-forward": feed_forward,
     "head-tables": head_tables,
     "one-w": one_w,
     "shared-bank": shared_bank,

@@ -46,7 +46,7 @@ sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 import baselines
 import common
 import train
-from ablations import VARIANTS
+from ablations import VARIANTS, WITHOUT_MEMORY
 from common import real_number, whole_number, whole_numbers
 from data import DATASETS, check_vocabulary, get_batch, load_dataset, load_tokenizer
 from eval import count_usage, usage
@@ -66,8 +66,8 @@ COPIES = {
     "opt-deus": baselines.opt_deus,
     "lesa": baselines.lesa,
 }
-WITH_MEMORY = ("midus", *(name for name in VARIANTS if name != "linear"))
-PLACED = ("none", "llama-pro", "linear", *WITH_MEMORY)
+WITH_MEMORY = ("midus", *(name for name in VARIANTS if name not in WITHOUT_MEMORY))
+PLACED = ("none", "llama-pro", *WITHOUT_MEMORY, *WITH_MEMORY)
 METHODS = (*PLACED, "solar", *COPIES)
 
 
