@@ -173,6 +173,7 @@ def evaluate(model: GPT, split: Split, stride: int | None = None) -> dict:
         "bits_per_byte": nll / math.log(2) / split.bytes,
         "tokens_per_second": tokens / seconds,
         "peak_memory": common.peak_memory(model.wte.weight.device),
+        "slots": model.config.n_keys**2,  # in each memory block, if there are any
         "usage": {block + 1: usage(reads) for block, reads in counts.items()},  # counted from 1
     }
 
@@ -191,11 +192,15 @@ def print_report(report: dict) -> None:
     )
     print(f"peak memory             {report['peak_memory'] / 2**20:,.0f} MiB")
     for block, figures in report["usage"].items():
+        # KL to uniform is log N - entropy; exp(entropy) is a number of slots in equal use.
+        alike = report["slots"] * math.exp(-figures["kl"])
         print(
-            f"memory in block {block}: {figures['top1']:.1%} of slots ever best, "
-            f"{figures['topk']:.1%} ever read, KL to uniform {figures['kl']:.2f} nats "
-            "(means over heads)"
+            f"memory in block {block}, of {report['slots']:,} slots: "
+            f"{figures['top1']:.1%} ever best, {figures['topk']:.1%} ever read, "
+            f"weight as if on {alike:,.0f} alike (KL to uniform {figures['kl']:.2f} nats)"
         )
+    if report["usage"]:
+        print("(means over heads)")
 
 
 def report_split(model: GPT, info: dict, args: argparse.Namespace) -> None:

@@ -178,7 +178,7 @@ def test_the_command(tmp_path, monkeypatch, capsys):
     for name, key in (("token-level", "token_perplexity"), ("word-level", "word_perplexity")):
         line = next(line for line in out.splitlines() if line.startswith(name))
         assert line.split()[2] == f"{figures[key]:.3f}"
-    assert "memory in block 2:" in out and figures["usage"]["2"]["topk"] > 0
+    assert "memory in block 2, of 36 slots:" in out and figures["usage"]["2"]["topk"] > 0
     assert figures["tokens"] == len(text) - 1 and figures["words"] == 20 * (6 + 4)
     status, out = run("--stride", "4")
     assert status == 0 and "stride 4" in out

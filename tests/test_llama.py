@@ -315,7 +315,7 @@ def test_train_save_kill_resume_evaluate_sample(here, monkeypatch, capsys, dtype
     assert all(torch.equal(x, y) for x, y in pairs)
 
     assert call(monkeypatch, "eval.py", "cut.pt") == 0
-    assert "memory in block 2:" in capsys.readouterr().out
+    assert "memory in block 2, of" in capsys.readouterr().out
     flags = ("--prompt", "the", "--max_new_tokens", "5", "--temperature", "0")
     assert call(monkeypatch, "eval.py", "cut.pt", *flags) == 0
     assert "the" in capsys.readouterr().out
