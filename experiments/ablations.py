@@ -6,6 +6,7 @@ place of the memory blocks. hml.py stays the method. All start as exactly the ba
 
     ladder         from midus's block to a product-key memory, one rung at a time
     pkm            the top of the ladder: one memory for the whole hidden state, without HIVE
+    memory-alone   no attention: the memory is asked with the token itself
     linear         no memory: what attention alone brings
     feed-forward   no memory and no attention: what the other half of a copied block brings
     head-tables    a value table per head instead of one bank seen through projections
@@ -193,7 +194,27 @@ def pkm(model: GPT) -> None:
     ladder(model, query="own", residual=True, write="plain")
 
 
-# ---- No memory -----------------------------------------------------------------------------------
+# ---- One part alone ------------------------------------------------------------------------------
+class MemoryAlone(nn.Module):
+    """x + HML(Q LN2(x)), with a new matrix Q. (B, T, C)."""
+
+    def __init__(self, midus: MemoryBlock, below: TransformerBlock, config: GPTConfig):
+        super().__init__()
+        self.ln_1 = copy.deepcopy(below.ln_2)  # a model knows its blocks' first norm by this name
+        self.own_query = nn.Linear(config.n_embd, config.n_embd)
+        self.memory = midus.memory
+
+    def forward(self, x: Tensor, cache: dict | None = None) -> Tensor:
+        query = self.own_query(self.ln_1(x))  # (B, T, C)
+        return x + self.memory(query.unflatten(-1, (self.memory.n_head, -1)))
+
+
+def memory_alone(model: GPT) -> None:
+    """A memory of the token, without attention."""
+    for i in model.config.new:
+        model.h[i] = MemoryAlone(model.h[i], model.h[i - 1], model.config)
+
+
 class AttentionOnly(nn.Module):
     """x + P heads(LN(x)), with P at zero at the start. (B, T, C)."""
 
@@ -220,7 +241,7 @@ class FeedForwardOnly(nn.Module):
 
     def __init__(self, below: TransformerBlock):
         super().__init__()
-        self.ln_1 = copy.deepcopy(below.ln_2)  # a model knows its blocks' first norm by this name
+        self.ln_1 = copy.deepcopy(below.ln_2)  # by this name, as above
         self.mlp = copy.deepcopy(below.mlp)
         for parameter in self.mlp.c_proj.parameters():
             nn.init.zeros_(parameter)
@@ -281,6 +302,7 @@ def shared_bank(model: GPT) -> None:
 VARIANTS = {
     "ladder": ladder,
     "pkm": pkm,
+    "memory-alone": memory_alone,
     "linear": linear,
     "feed-forward": feed_forward,
     "head-tables": head_tables,
