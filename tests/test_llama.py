@@ -384,24 +384,29 @@ def smollm2():
         pytest.skip(str(error))
 
 
+@pytest.fixture(scope="module")
+def smollm2_tokenizer(smollm2):
+    return llama.load_tokenizer(smollm2)
+
+
 @torch.no_grad()
-def test_smollm2_is_what_transformers_reads(smollm2):
+def test_smollm2_is_what_transformers_reads(smollm2, smollm2_tokenizer):
     ours = llama.load_weights(smollm2)
     assert sum(p.numel() for p in ours.parameters()) == 134_515_008
     folder, name = os.path.split(smollm2)
     theirs = transformers.AutoModelForCausalLM.from_pretrained(
         folder, gguf_file=name, dtype=torch.float32
     )
-    encoding = llama.load_tokenizer(smollm2)
-    tokens = torch.tensor([encoding.encode_ordinary("The first lighthouse was built by " * 8)])
+    text = "The first lighthouse was built by " * 8
+    tokens = torch.tensor([smollm2_tokenizer.encode_ordinary(text)])
     mine, other = ours(tokens), theirs(tokens).logits
     assert (mine - other).abs().max() <= 1e-4 * other.abs().max()
 
 
-def test_smollm2s_tokenizer_on_real_text(smollm2, wikitext2):
+def test_smollm2s_tokenizer_on_real_text(smollm2, smollm2_tokenizer, wikitext2):
     """Against the tokenizers library, with digits cut off one by one, as the file asks for.
 
-    transformers forgets the digits when it reads a GGUF file: 2 of 312,144 ids are others then.
+    transformers is no witness: it forgets the digits when it reads a GGUF file.
     """
     from tokenizers import Tokenizer, models, pre_tokenizers
 
@@ -413,16 +418,11 @@ def test_smollm2s_tokenizer_on_real_text(smollm2, wikitext2):
     digits = pre_tokenizers.Digits(individual_digits=True)
     theirs.pre_tokenizer = pre_tokenizers.Sequence([digits, byte_level])
     text = (wikitext2 / "wiki.test.tokens").read_text(encoding="utf-8")
-    encoding = llama.load_tokenizer(smollm2)
+    encoding = smollm2_tokenizer
     assert encoding.encode_ordinary("a\x04b") == theirs.encode("a\x04b").ids  # it is dropped
     assert encoding.encode_ordinary("a\U00040000b") == [81, 82]  # so is what Unicode has not
     ids = encoding.encode_ordinary(text)
     assert ids == theirs.encode(text).ids and len(ids) == 312_144
-
-    folder, name = os.path.split(smollm2)
-    reread = transformers.AutoTokenizer.from_pretrained(folder, gguf_file=name)
-    others = reread(text, add_special_tokens=False)["input_ids"]
-    assert sum(a != b for a, b in zip(ids, others, strict=True)) == 2
 
 
 def test_smollm2_opens_by_name(smollm2, tmp_path):
