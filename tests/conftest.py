@@ -6,6 +6,7 @@
 import importlib
 import os
 import shutil
+import socket
 import sys
 from pathlib import Path
 
@@ -48,6 +49,19 @@ def call(monkeypatch, script, *arguments):
     except SystemExit as end:
         return end.code
     return 0
+
+
+@pytest.fixture(autouse=True)
+def no_network(monkeypatch):
+    """A connection to anywhere but this machine fails, as it would without network."""
+    connect = socket.socket.connect
+
+    def connect_here(self, address):
+        if isinstance(address, tuple) and address[0] not in ("127.0.0.1", "::1", "localhost"):
+            raise OSError(f"a test must not connect to {address[0]}")
+        return connect(self, address)
+
+    monkeypatch.setattr(socket.socket, "connect", connect_here)
 
 
 @pytest.fixture

@@ -101,7 +101,8 @@ def test_commands_run(root, here, gpt2_vocabulary, monkeypatch, capsys):
             script = words[0].split("/")[-1]
             assert program in ("python", "torchrun") and script in SHORTER, words
             no_picture = "--plot" in words and not importlib.util.find_spec("matplotlib")
-            if SHORTER[script] is None or no_picture:
+            no_llama = "smollm2" in words and not importlib.util.find_spec("gguf")
+            if SHORTER[script] is None or no_picture or no_llama:
                 continue
             status = call(monkeypatch, *words, *flags_on_top(script, words))
             assert status == 0, (words, capsys.readouterr().err)
@@ -129,10 +130,6 @@ def test_flags_it_names_exist(root):
         for name in {*re.findall(r"`--([\w-]+)", text)} - {"long"}:
             name = name.removeprefix("no-")
             assert name in settings or f'"--{name}"' in sources, (page, name)
-
-
-def test_the_readme_is_a_door(readme):
-    assert len(readme.encode()) <= 12_000 and len(readme.splitlines()) <= 220
 
 
 def test_the_quality_figures_are_those_of_the_results(readme, root):

@@ -196,7 +196,7 @@ def test_two_processes_train_like_one(here, monkeypatch, root):
         torch.testing.assert_close(x, y, atol=1e-4, rtol=0)
 
 
-def test_a_base_by_name_is_read_and_up_scaled(here, monkeypatch):
+def test_a_base_by_name_is_read_and_up_scaled(here, gpt2_vocabulary, monkeypatch):
     """--base gpt2, with a small file in its layout where the download would be kept."""
     import model
     from test_model import openai_layout
@@ -247,8 +247,8 @@ def test_a_run_ends_with_a_verdict(here, monkeypatch, capsys):
     assert base.split()[0] == "base" and end.split()[:2] == ["midus,", "end"]
     assert max(len(base), len(end)) <= 4 + 18 + 80
 
-    base = next(name for name in os.listdir("data") if name.startswith("base-"))
-    flags = f"--upscale solar --base data/{base} --batch_size 4 --tokens 640 --out solar.pt"
+    (base,) = (here / "data").glob("base-*.pt")
+    flags = f"--upscale solar --base {base} --batch_size 4 --tokens 640 --out solar.pt"
     assert call(monkeypatch, "train.py", *flags.split()) == 0
     assert "it started at" in capsys.readouterr().out
 
