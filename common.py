@@ -5,8 +5,6 @@ A first reader can skip this file.
 """
 
 import argparse
-import dataclasses
-import difflib
 import hashlib
 import http.client
 import math
@@ -34,44 +32,30 @@ def pick_device(name: str | None = None) -> torch.device:
 
     Raises ValueError if the machine lacks it, or has an NVIDIA card that torch cannot use.
     """
-    available = []
+    available = ["cpu"]
     if torch.cuda.is_available():
         available.append("cuda")
         available += [f"cuda:{i}" for i in range(torch.cuda.device_count())]
-    available.append("cpu")
-    best = available[0]
-
-    # A Mac's GPU has to be asked for: nobody has tried this there yet, and several versions of
-    # torch computed attention wrongly on it (PyTorch issues 163597, 170837, 181133).
-    if torch.backends.mps.is_available():
+    if torch.backends.mps.is_available():  # has to be asked for: nobody has tried it there
         available.append("mps")
 
+    if name is None and "cuda" in available:
+        name = "cuda"
     if name is None:
-        if best == "cpu":
-            refuse_idle_card()
-        return torch.device(best)
+        # Else GPT-2 would be trained on the CPU without a word, which takes weeks.
+        if torch.version.cuda is not None and shutil.which("nvidia-smi"):
+            raise ValueError(
+                f"this torch, built for CUDA {torch.version.cuda}, cannot use the NVIDIA card: its "
+                "driver may be too old; install a torch for older drivers (pip install torch "
+                "--index-url https://download.pytorch.org/whl/cu126), or say --device cpu"
+            )
+        name = "cpu"
     if name not in available:
         choices = ", ".join(available)
         raise ValueError(f"device {name} is not available here; choose from {choices}")
     if name == "mps":
-        print("mps: not tried yet; compare a short run with --device cpu, and tell what you saw")
+        print("mps: nobody has tried it; compare a short run with --device cpu")
     return torch.device(name)
-
-
-def refuse_idle_card() -> None:
-    """Raises ValueError if there is an NVIDIA card that this torch was built for and cannot use.
-
-    Else GPT-2 would be trained on the CPU without a word, which takes weeks.
-    """
-    has_card = os.path.exists("/proc/driver/nvidia/version") or shutil.which("nvidia-smi")
-    if torch.version.cuda is None or not has_card:
-        return
-    version = f"CUDA {torch.version.cuda}"
-    raise ValueError(
-        f"this torch, built for {version}, cannot use the NVIDIA card: its driver may be too old; "
-        "install a torch for older drivers (pip install torch --index-url "
-        "https://download.pytorch.org/whl/cu126), or say --device cpu"
-    )
 
 
 def has_bf16(device: torch.device) -> bool:
@@ -97,26 +81,6 @@ def threads_for(n_embd: int) -> int:
     return min(4, at_hand) if n_embd <= 512 else at_hand
 
 
-# On a CPU the whole process is measured: Python, libraries, caches and all. Compare such figures on
-# one machine only.
-def peak_memory(device: torch.device) -> int:
-    """Bytes: the most that tensors took on a GPU, elsewhere the most that the process took."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    try:
-        import resource
-    except ImportError:  # Windows does not have it
-        return 0
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-
-
-def reset_peak_memory(device: torch.device) -> None:
-    """Begins peak_memory() anew, where that can be."""
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-
-
 # ---- Processes -----------------------------------------------------------------------------------
 # torchrun starts several processes of a script. Each trains on its part of every batch; the first,
 # rank 0, does whatever is done once: it evaluates, prints and writes files.
@@ -125,12 +89,8 @@ def join_processes(device: torch.device) -> torch.device:
 
     Raises ValueError if there is no device for it.
     """
-    if "RANK" in os.environ and "WORLD_SIZE" not in os.environ:
-        raise ValueError("RANK is set and WORLD_SIZE is not; start several processes by torchrun")
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:
         return device
-    if device.type == "mps":
-        raise ValueError("torchrun needs CUDA, or --device cpu; a Mac's GPU serves one process")
     if device.type == "cuda":
         number = int(os.environ["LOCAL_RANK"])
         cards = torch.cuda.device_count()
@@ -192,19 +152,15 @@ def leave_processes() -> None:
 # ---- Files ---------------------------------------------------------------------------------------
 # Whatever is written appears under its name only when it is complete: a reader, a second run, or a
 # resume after a crash finds the old file or the new one, never half of one.
-def temporary_name(path: str) -> str:
-    """A name beside path that no other process uses. A killed process may leave such a file."""
-    return f"{path}.{uuid.uuid4().hex[:8]}.tmp"
-
-
 @contextmanager
 def written_whole(path: str) -> Iterator[str]:
     """Yields a temporary name, which becomes path at the end, whole or not at all.
 
-    A fault leaves path as it was. Raises OSError, with path in it, if it cannot be written.
+    A fault leaves path as it was; a killed process may leave the temporary file. Raises OSError,
+    with path in it, if it cannot be written.
     """
     target = os.path.realpath(path)  # so that a symbolic link stays one
-    temporary = temporary_name(target)
+    temporary = f"{target}.{uuid.uuid4().hex[:8]}.tmp"  # which no other process uses
     try:
         yield temporary
         # It is on the disk before it takes the old file's place.
@@ -227,11 +183,8 @@ def file_sha256(path: str) -> str:
 
 
 # ---- Downloads -----------------------------------------------------------------------------------
-def check_file(path: str, size: int | None, sha256: str | None) -> None:
-    """Raises OSError if path has another size in bytes or another sha256; None: not known."""
-    found = os.path.getsize(path)
-    if size is not None and found != size:
-        raise OSError(f"it has {found} bytes instead of {size}")
+def check_file(path: str, sha256: str | None) -> None:
+    """Raises OSError if path has another sha256; None: it is not known."""
     if sha256 is not None:
         found = file_sha256(path)
         if found != sha256:
@@ -256,38 +209,32 @@ def fetch(url: str, path: str) -> None:
         raise OSError(f"the connection ended after {size} of {total} bytes")
 
 
-def download(
-    urls: list[str], path: str, size: int | None = None, sha256: str | None = None, hint: str = ""
-) -> None:
+def download(urls: list[str], path: str, sha256: str | None = None, hint: str = "") -> None:
     """Puts the file at the first address that delivers it into path, complete and checked.
 
-    A file that is there already and has the right size and sha256 is kept. Raises OSError with all
-    that was tried and `hint`, a sentence that says what the user can do instead.
+    A file that is there already and has the right sha256 is kept. Raises OSError with all that was
+    tried and `hint`, a sentence that says what the user can do instead.
     """
     # What is there already is not fetched again, unless it is damaged.
     reasons = []
     if os.path.exists(path):
         try:
-            check_file(path, size, sha256)
+            check_file(path, sha256)
             return
         except OSError as error:
             reasons.append(f"the file that is there: {error}")
 
     # One address after the other, until one delivers.
     os.makedirs(os.path.dirname(path) or ".", exist_ok=True)
-    temporary = temporary_name(path)
     for url in urls:
         print(f"downloading {url} to {path}")
         try:
-            fetch(url, temporary)
-            check_file(temporary, size, sha256)
-            os.replace(temporary, path)
+            with written_whole(path) as temporary:
+                fetch(url, temporary)
+                check_file(temporary, sha256)
             return
         except (OSError, http.client.HTTPException) as error:
             reasons.append(f"{url}: {error}")
-        finally:
-            if os.path.exists(temporary):
-                os.remove(temporary)
     raise OSError(f"could not get {path}. {hint} What was tried: {'; '.join(reasons)}")
 
 
@@ -327,23 +274,14 @@ def real_number(text: str) -> float:
 
 
 def new_file(*endings: str) -> Callable[[str], str]:
-    """Reads a path where a file of this kind can be written, before anything long has begun.
-
-    A name with another ending is refused, so that figures never replace a checkpoint.
-    """
+    """Reads a path where a file of this kind can be written; figures never replace a checkpoint."""
 
     def read(text: str) -> str:
-        # The folder must be there, and nothing that is no file may have the name.
         folder = os.path.dirname(text) or "."
-        writable = os.path.isdir(folder) and os.access(folder, os.W_OK)
-        other_kind = os.path.exists(text) and not os.path.isfile(text)
-        if not writable or other_kind:
-            sentence = "there is no such folder, or no file can be written there"
-            raise argparse.ArgumentTypeError(f"{text}: {sentence}")
+        if not os.access(folder, os.W_OK) or os.path.isdir(text):
+            raise argparse.ArgumentTypeError(f"{text}: no file can be written there")
         if not text.endswith(endings):
             raise argparse.ArgumentTypeError(f"{text}: the name must end in {' or '.join(endings)}")
-        if len(os.path.basename(temporary_name(text)).encode()) > 255:
-            raise argparse.ArgumentTypeError(f"{text}: the name is too long for a file")
         return text
 
     return read
@@ -356,7 +294,7 @@ def data_folder(text: str) -> str:
     while not os.path.exists(existing):
         existing = os.path.dirname(existing)
     if not os.path.isdir(existing) or not os.access(existing, os.W_OK):
-        sentence = "is no folder, or none that can be written to; name another with --data_dir"
+        sentence = "is no folder that can be written to; name another with --data_dir"
         raise argparse.ArgumentTypeError(f"{text} {sentence}")
     return path
 
@@ -367,100 +305,15 @@ class Parser(argparse.ArgumentParser):
     def __init__(self, description: str):
         super().__init__(description=description, allow_abbrev=False)
 
+    def parse_args(self, *args, **kwargs) -> argparse.Namespace:
+        parsed = super().parse_args(*args, **kwargs)
+        for name, value in vars(parsed).items():
+            if value == []:  # what argparse makes of --lr=--
+                self.error(f"--{name} needs a value")
+        return parsed
+
     def error(self, message: str) -> None:
-        """Ends the program with status 2. A flag that is not known is answered with a near one."""
-        _, _, words = message.partition("unrecognized arguments: ")
-        flags = [word.split("=")[0] for word in words.split() if word.startswith("--")]
-        if flags:
-            near = difflib.get_close_matches(flags[0], self._option_string_actions, n=1)
-            advice = f"did you mean {near[0]}?" if near else "see --help"
-            message = f"there is no flag {flags[0]}; {advice}"
-        self.exit(2, f"error: {message}\n")
-
-
-# The settings of a command are the fields of a dataclass, and every field is a flag.
-def flag(help: str, default: object = None, group: str | None = None, **options) -> object:
-    """A field of a dataclass of settings. Its annotation says how the flag is read.
-
-    group: a heading in --help, for this flag and those after it. options go to argparse.
-    """
-    if default is not None:
-        help += f" (default {default})"
-    about = {"help": help, "group": group, "options": options}
-    return dataclasses.field(default=default, metadata=about)
-
-
-def own_fields_first(settings_class: type) -> list[dataclasses.Field]:
-    """The fields of a dataclass, and after them those that it inherits."""
-    fields = dataclasses.fields(settings_class)
-    own = settings_class.__annotations__
-    return sorted(fields, key=lambda field: field.name not in own)
-
-
-def add_flags(parser: argparse.ArgumentParser, settings_class: type) -> None:
-    """A flag for each field of the dataclass. One that is not given leaves no trace."""
-    # The annotation of a field says how its text is read, unless its options do.
-    readers = {int: whole_number, float: real_number, list: whole_numbers}
-    group = parser
-    for field in own_fields_first(settings_class):
-        if field.metadata["group"]:
-            group = parser.add_argument_group(field.metadata["group"])
-        options = {"help": field.metadata["help"], "default": argparse.SUPPRESS}
-        if field.type in readers:
-            options["type"] = readers[field.type]
-        if field.type is bool:
-            options["action"] = argparse.BooleanOptionalAction
-        options.update(field.metadata["options"])
-        group.add_argument(f"--{field.name}", **options)
-
-
-def print_table(header: list[str], rows: list[list[str]]) -> None:
-    """A table in Markdown whose columns stand under each other, so that it reads as text too."""
-    widths = [max(len(row[i]) for row in [header, *rows]) for i in range(len(header))]
-    rule = ["-" * width for width in widths]
-    for row in [header, rule, *rows]:
-        cells = [cell.ljust(width) for cell, width in zip(row, widths)]
-        print("| " + " | ".join(cells) + " |")
-
-
-def need_matplotlib() -> None:
-    """Raises ValueError where matplotlib is missing; pictures go to files, not to a screen."""
-    try:
-        import matplotlib
-    except ImportError:
-        raise ValueError("--plot needs matplotlib: pip install matplotlib") from None
-    matplotlib.use("Agg")
-
-
-def plot_losses(histories: dict[str, list[dict]], path: str) -> None:
-    """Draws losses over steps to a file, a colour per run, its name at the end of its line.
-
-    histories: by name, entries with step, loss, and now and then valid_loss.
-    """
-    from matplotlib import pyplot
-
-    figure, axis = pyplot.subplots(figsize=(8, 4.5))
-    for name, entries in histories.items():
-        # Training losses jump from batch to batch: means over a fiftieth of the run.
-        span = max(1, len(entries) // 50)
-        whole = range(0, len(entries) - span + 1, span)  # a shorter one at the end would jump
-        groups = [entries[i : i + span] for i in whole]
-        steps = [group[-1]["step"] for group in groups]
-        means = [sum(entry["loss"] for entry in group) / len(group) for group in groups]
-        (line,) = axis.plot(steps, means, linewidth=1, alpha=0.5)
-        validated = [entry for entry in entries if "valid_loss" in entry]
-        at = [entry["step"] for entry in validated]
-        losses = [entry["valid_loss"] for entry in validated]
-        axis.plot(at, losses, color=line.get_color(), marker="o", markersize=3)
-        end = (at[-1], losses[-1]) if validated else (steps[-1], means[-1])
-        offset = {"xytext": (5, 0), "textcoords": "offset points", "va": "center"}
-        axis.annotate(name, end, color=line.get_color(), annotation_clip=False, **offset)
-    axis.set_xlabel("steps")
-    axis.set_ylabel("loss in nats; dots: validation, lines: training")
-    axis.spines[["top", "right"]].set_visible(False)
-    figure.subplots_adjust(right=0.82)  # room for the names
-    figure.savefig(path)
-    pyplot.close(figure)
+        self.exit(2, f"error: {message}; see --help\n")
 
 
 # ---- How a command ends --------------------------------------------------------------------------
@@ -494,32 +347,26 @@ def one_line(error: BaseException, length: int = 500) -> str:
     return " ".join(str(error).split())[:length]
 
 
-def compiler_failed(error: BaseException) -> bool:
-    return type(error).__module__.startswith(("torch._dynamo", "torch._inductor"))
-
-
-# What torch says of sizes that no machine has, of a lack of memory, and of numbers gone wrong. It
-# calls all of them RuntimeError, or OverflowError.
-SIGNS_OF_ABSURD_SIZES = ("overflow", "too large")
-SIGNS_OF_NO_MEMORY = ("out of memory", "allocate memory", "enough memory")
-SIGNS_OF_BAD_NUMBERS = ("probability tensor contains",)
+# What torch calls RuntimeError though it is none of ours: no memory, numbers gone wrong.
+FAULTS = (
+    "out of memory",
+    "allocate memory",
+    "enough memory",
+    "probability tensor contains",
+)
 
 
 def exit_status(error: BaseException) -> int | None:
-    """2 for bad input, which the user can mend; 1 for faults of disk, network, numbers or machine.
+    """2 for bad input, which the user can mend; 1 for faults of disk, network, numbers or memory.
 
     None for a bug, which deserves its traceback.
     """
-    message = str(error)
-    if isinstance(error, ValueError | OverflowError | argparse.ArgumentTypeError):
+    if isinstance(error, ValueError | argparse.ArgumentTypeError):
         return 2
-    if isinstance(error, OSError | ArithmeticError | MemoryError) or compiler_failed(error):
+    if isinstance(error, OSError | ArithmeticError | MemoryError):
         return 1
-    if isinstance(error, RuntimeError):
-        if any(sign in message for sign in SIGNS_OF_ABSURD_SIZES):
-            return 2
-        if any(sign in message for sign in SIGNS_OF_NO_MEMORY + SIGNS_OF_BAD_NUMBERS):
-            return 1
+    if isinstance(error, RuntimeError) and any(words in str(error) for words in FAULTS):
+        return 1
     return None
 
 
@@ -540,6 +387,6 @@ def run_command(main: Callable[[], None]) -> None:
         status = exit_status(error)
         if status is None:
             raise
-        way_out = "; --no-compile does without the compiler" if compiler_failed(error) else ""
-        print(f"error: {one_line(error)}{way_out}", file=sys.stderr)
+        hint = "; a larger --grad_accum needs less memory" if "memory" in str(error) else ""
+        print(f"error: {one_line(error)}{hint}", file=sys.stderr)
         sys.exit(status)

@@ -1,20 +1,22 @@
 """
 Text -> tokens -> batches.
 
-Datasets: wikitext103 and wikitext2-raw (raw text), wikitext2 (word-level form, rare words as
-<unk>), all of them downloaded and checked, or taken from your own files; pydocs, the English that
-ships with every Python: no download; and text, your own train.txt, valid.txt and test.txt.
-Tokenizers, all through tiktoken: gpt2, gpt2:N (the first N of its merges), bytes; and those of
-Llamas, from a file.
+Datasets:
+    pydocs          the English that ships with every Python; no download
+    pycode          the code of its standard library, without the docstrings; no download
+    wikitext103     raw text, 192 MB zipped; downloaded and checked, or from files of your own
+    wikitext2-raw   the same form, 5 MB
+    wikitext2       word-level form, rare words as <unk>, 4 MB
+    text            your own train.txt, valid.txt and test.txt
+
+Tokenizers, all through tiktoken: gpt2, gpt2:N (the first N of its merges), bytes.
 
 What is made under `data_dir` can be deleted at any time. A split has to fit in memory as text,
 once. In order: tokenizers, where the text is, tokens, batches. Shape names: see hml.py.
 """
 
 import ast
-import base64
 import hashlib
-import json
 import os
 import platform
 import re
@@ -41,10 +43,8 @@ SPLITS = ("train", "valid", "test")
 def vocab_size(tokenizer: str) -> int:
     """The number of token ids: gpt2 50257, gpt2:N N + 1, bytes 257; the last is <|endoftext|>.
 
-    Or of a tokenizer in a .json file. Raises ValueError for any other name.
+    Raises ValueError for any other name.
     """
-    if tokenizer.endswith(".json"):
-        return load_tokenizer(tokenizer).n_vocab
     if tokenizer == "bytes":
         return 257
     if tokenizer == "gpt2":
@@ -66,36 +66,13 @@ def check_vocabulary(tokenizer: str, model_vocab_size: int) -> None:
         raise ValueError(f"the model has fewer tokens than its tokenizer: {tokenizer} has {sizes}")
 
 
-def make_encoding(name: str, description: dict) -> tiktoken.Encoding:
-    """A tokenizer from its pattern, its ranks (pieces of bytes, in base 64) and special tokens."""
-    ranks = {base64.b64decode(piece): rank for piece, rank in description["ranks"].items()}
-
-    # tiktoken asks for the end of a text by GPT-2's name for it.
-    special = dict(description["special"])
-    special.setdefault("<|endoftext|>", description["end"])
-    return tiktoken.Encoding(
-        name, pat_str=description["pattern"], mergeable_ranks=ranks, special_tokens=special
-    )
-
-
-def identity_of(tokenizer: str) -> str:
-    """A name says what it is; of a file, its content does."""
-    return file_sha256(tokenizer) if tokenizer.endswith(".json") else tokenizer
-
-
+@lru_cache
 def load_tokenizer(name: str) -> tiktoken.Encoding:
-    """The tokenizer of that name, or in a .json file as experiments/llama.py writes it.
+    """The tokenizer of that name.
 
     Raises ValueError for an unknown name, OSError if GPT-2's vocabulary cannot be had.
     """
-    if name.endswith(".json"):
-        if not os.path.exists(name):
-            hint = "open its base once with --data_dir set to that folder"
-            raise ValueError(f"the tokenizer is not at {name}; {hint}")
-        with open(name, encoding="utf-8") as file:
-            return make_encoding(name, json.load(file))
-
-    # Of the names, only GPT-2's need its vocabulary, which tiktoken downloads once.
+    # Only GPT-2's need a vocabulary, which tiktoken downloads once.
     n = vocab_size(name) - 1
     if name == "bytes":
         ranks = {bytes([i]): i for i in range(256)}
@@ -119,7 +96,7 @@ def load_tokenizer(name: str) -> tiktoken.Encoding:
 
 # ---- Where the text is ---------------------------------------------------------------------------
 # What a data set is called inside its zip, and where the zip is to be had.
-Archive = namedtuple("Archive", ("folder", "ending", "urls", "size", "sha256"))
+Archive = namedtuple("Archive", ("folder", "ending", "urls", "sha256"))
 
 WIKITEXT = {
     "wikitext103": Archive(
@@ -130,29 +107,27 @@ WIKITEXT = {
             "3555105b17ae31cc619a136fac72dbe2865c3738/wikitext-103-raw-v1.zip",
             "https://wikitext.smerity.com/wikitext-103-raw-v1.zip",
         ],
-        size=191984949,
         sha256="91c00ae287f0d699e18605c84afc9e45c192bc6b7797ff8837e5474655a33794",
     ),
     "wikitext2": Archive(
         folder="wikitext-2",
         ending="tokens",
         urls=["https://wikitext.smerity.com/wikitext-2-v1.zip"],
-        size=4475746,
         sha256="92675f1d63015c1c8b51f1656a52d5bdbc33aafa60cc47a218a66e7ee817488c",
     ),
     "wikitext2-raw": Archive(
         folder="wikitext-2-raw",
         ending="raw",
         urls=["https://wikitext.smerity.com/wikitext-2-raw-v1.zip"],
-        size=4721645,
         sha256="ef7edb566e3e2b2d31b29c1fdb0c89a4cc683597484c3dc2517919c615435a11",
     ),
 }
-DATASETS = (*WIKITEXT, "pydocs", "text")
+AT_HOME = ("pydocs", "pycode", "text")  # these need no download
+DATASETS = (*AT_HOME, *WIKITEXT)
 
 
-def docstrings(path: str) -> str:
-    """The docstrings of a Python file in the order of its lines. It is parsed, never imported."""
+def split_prose_from_code(path: str) -> tuple[str, str]:
+    """The docstrings of a Python file, and its lines without them. It is parsed, never imported."""
     with open(path, "rb") as file:
         source = file.read()
     try:
@@ -160,32 +135,28 @@ def docstrings(path: str) -> str:
             warnings.simplefilter("ignore")
             tree = ast.parse(source)
     except (SyntaxError, ValueError):  # some files are templates, or broken on purpose
-        return ""
+        return "", ""
 
-    # Modules, classes and functions, nested ones too.
+    # Modules, classes and functions, nested ones too, in the order of their lines.
     kinds = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
     nodes = [node for node in ast.walk(tree) if isinstance(node, kinds)]
     nodes.sort(key=lambda node: getattr(node, "lineno", 0))
-    found = [ast.get_docstring(node) for node in nodes]
-    return "\n\n".join(doc for doc in found if doc)
+    docstrings = []
+    cut = set()  # numbers of lines, from 1
+    for node in nodes:
+        text = ast.get_docstring(node)
+        if text:
+            docstrings.append(text)
+            cut.update(range(node.body[0].lineno, node.body[0].end_lineno + 1))
+    lines = source.decode("utf-8", errors="replace").splitlines()
+    code = [line for number, line in enumerate(lines, start=1) if number not in cut]
+    return "\n\n".join(docstrings), "\n".join(code).strip()
 
 
-def build_pydocs(folder: str) -> None:
-    """Writes pydocs' three splits into folder: Python's language reference and its docstrings."""
-    # A document is a topic of the reference, or a module of the standard library.
-    documents = {f"topic {name}": text for name, text in topics.items()}
-    library = sysconfig.get_paths()["stdlib"]
-    skipped = {"test", "tests", "idle_test", "site-packages", "dist-packages"}
-    paths = []
-    for directory, names, files in os.walk(library):
-        names[:] = [name for name in names if name not in skipped]
-        paths += [os.path.join(directory, file) for file in files if file.endswith(".py")]
-    for path in tqdm(paths, desc="reading docstrings", disable=None):
-        name = os.path.relpath(path, library).replace(os.sep, "/")
-        documents[name] = docstrings(path)
-
+def write_splits(documents: dict[str, str], folder: str) -> None:
+    """Writes wiki.{train,valid,test}.txt into folder. documents: texts by name."""
     # A checksum of its name picks a document's split, one in 20 each for valid and test, so that
-    # nothing depends on the order of directories.
+    # nothing depends on the order of directories, and a module's prose and code go the same way.
     texts = {split: [] for split in SPLITS}
     for name, text in sorted(documents.items()):
         split = {0: "valid", 1: "test"}.get(zlib.crc32(name.encode()) % 20, "train")
@@ -200,17 +171,39 @@ def build_pydocs(folder: str) -> None:
                 file.write(("\n\n".join(parts) + "\n").encode())
 
 
+def build_library(data_dir: str, version: str) -> None:
+    """Writes both data sets that this Python brings along: its prose and its code."""
+    # A document is a topic of the language reference, or a module of the standard library.
+    prose = {f"topic {name}": text for name, text in topics.items()}
+    code = {}
+    library = sysconfig.get_paths()["stdlib"]
+    skipped = {"test", "tests", "idle_test", "site-packages", "dist-packages"}
+    paths = []
+    for directory, names, files in os.walk(library):
+        names[:] = [name for name in names if name not in skipped]
+        paths += [os.path.join(directory, file) for file in files if file.endswith(".py")]
+    for path in tqdm(paths, desc="reading Python's own library", disable=None):
+        name = os.path.relpath(path, library).replace(os.sep, "/")
+        prose[name], lines = split_prose_from_code(path)
+
+        # pydoc_data holds the reference itself; encodings are tables, much alike in all splits.
+        if not name.startswith(("pydoc_data/", "encodings/")):
+            code[name] = lines
+    write_splits(prose, os.path.join(data_dir, f"pydocs-{version}"))
+    write_splits(code, os.path.join(data_dir, f"pycode-{version}"))
+
+
 def find_source(name: str, split: str, data_dir: str) -> tuple[str, str | None]:
     """(file, member): where a split's text is; member is its name inside a zip, None for a file.
 
     Your own wiki.{train,valid,test}.{raw,tokens} in data_dir come before a download. Raises
     ValueError for an unknown dataset, OSError if there is neither file nor network.
     """
-    if name == "pydocs":
-        folder = os.path.join(data_dir, f"pydocs-{platform.python_version()}")
-        path = os.path.join(folder, f"wiki.{split}.txt")
+    if name in ("pydocs", "pycode"):
+        version = platform.python_version()
+        path = os.path.join(data_dir, f"{name}-{version}", f"wiki.{split}.txt")
         if not os.path.exists(path):
-            build_pydocs(folder)
+            build_library(data_dir, version)
         return path, None
 
     # Your own text, whatever it is.
@@ -233,12 +226,22 @@ def find_source(name: str, split: str, data_dir: str) -> tuple[str, str | None]:
     # Else the archive is downloaded, once.
     wanted = ", ".join(f"wiki.{split}.{archive.ending}" for split in SPLITS)
     hint = (
-        f"Without network, put {wanted} into {data_dir} (--data_dir), or use --dataset pydocs, "
+        f"Without network, put {wanted} into {data_dir} (--data_dir), or use --dataset pycode, "
         "which needs no download."
     )
     path = os.path.join(data_dir, os.path.basename(archive.urls[0]))
-    download(archive.urls, path, archive.size, archive.sha256, hint)
+    download(archive.urls, path, archive.sha256, hint)
     return path, f"{archive.folder}/wiki.{split}.{archive.ending}"
+
+
+def is_at_hand(name: str, data_dir: str) -> bool:
+    """Whether a dataset can be read without a download."""
+    if name in AT_HOME:
+        return True
+    archive = WIKITEXT[name]
+    own = f"wiki.valid.{archive.ending}"
+    downloaded = os.path.basename(archive.urls[0])
+    return any(os.path.exists(os.path.join(data_dir, file)) for file in (own, downloaded))
 
 
 def read_text(path: str, member: str | None) -> str:
@@ -257,13 +260,12 @@ def read_text(path: str, member: str | None) -> str:
 
 
 # ---- Tokens --------------------------------------------------------------------------------------
-# One split, tokenized. tokens: a memory map; words: one end-of-line for each line included;
-# bytes: of the text; identity: a hash of the text and of all that made tokens of it.
-Split = namedtuple("Split", ("tokens", "words", "bytes", "identity"))
+# One split, tokenized. tokens: a memory map; identity: a hash of the text and the tokenizer.
+Split = namedtuple("Split", ("tokens", "identity"))
 
 
 def encode(text: str, tokenizer: tiktoken.Encoding, desc: str) -> np.ndarray:
-    """Token ids (uint32) of the text, as if encoded in one piece; in parallel, with a bar."""
+    """Token ids (uint16) of the text, as if encoded in one piece; in parallel, with a bar."""
     # The text is cut at single spaces between two other characters: there every pattern that is
     # used here starts a new piece.
     gap = re.compile(r"(?<=\S) (?=\S)")
@@ -280,53 +282,32 @@ def encode(text: str, tokenizer: tiktoken.Encoding, desc: str) -> np.ndarray:
     for first in tqdm(range(0, len(pieces), at_once), desc=desc, disable=None):
         batch = pieces[first : first + at_once]
         for piece in tokenizer.encode_ordinary_batch(batch, num_threads=threads):
-            ids.append(np.array(piece, dtype=np.uint32))
+            ids.append(np.array(piece, dtype=np.uint16))
     return np.concatenate(ids)
-
-
-def token_type(tokenizer: str) -> type:
-    """Two bytes hold an id of most vocabularies, but not of Llama 3's."""
-    return np.uint16 if vocab_size(tokenizer) <= 2**16 else np.uint32
-
-
-def count_words(text: str) -> int:
-    """Words, with one end-of-line for each line, as WikiText counts them."""
-    last_line_is_open = not text.endswith("\n")
-    return len(text.split()) + text.count("\n") + last_line_is_open
 
 
 def load_split(name: str, split: str, tokenizer: str, data_dir: str) -> Split:
     """One split as tokens; they are made once, and kept in data_dir."""
     # The name of the cache holds a hash of all that shapes the tokens, so it is never stale.
     path, member = find_source(name, split, data_dir)
-    everything = repr((file_sha256(path), member, identity_of(tokenizer), "layout 2"))
+    everything = repr((file_sha256(path), member, tokenizer))
     identity = hashlib.sha256(everything.encode()).hexdigest()[:16]
-    stem = os.path.basename(tokenizer).replace(":", "-")
-    cache = os.path.join(data_dir, f"{name}-{split}-{stem}-{identity}.bin")
-
-    # The layout: words, bytes and tokens as three uint64, then the tokens.
-    dtype = np.dtype(token_type(tokenizer))
-    header_bytes = 24
+    stem = tokenizer.replace(":", "-")
+    cache = os.path.join(data_dir, f"{name}-{split}-{stem}-{identity}.npy")
     if not os.path.exists(cache):
         text = read_text(path, member)
-        tokens = encode(text, load_tokenizer(tokenizer), f"tokenizing {name} {split}").astype(dtype)
-        header = np.array([count_words(text), len(text.encode()), len(tokens)], dtype=np.uint64)
+        tokens = encode(text, load_tokenizer(tokenizer), f"tokenizing {name} {split}")
         with written_whole(cache) as temporary, open(temporary, "wb") as file:
-            file.write(header)
-            file.write(tokens)
+            np.save(file, tokens)
 
     # A wrong length, or an id outside the vocabulary, means damage.
-    damaged = ValueError(f"{cache} is damaged; delete it, and it is made again")
-    room = os.path.getsize(cache) - header_bytes
-    if room <= 0:
-        raise damaged
-    words, size, length = np.fromfile(cache, dtype=np.uint64, count=3).tolist()
-    if room != dtype.itemsize * length:
-        raise damaged
-    tokens = np.memmap(cache, dtype, mode="r", offset=header_bytes)
-    if tokens.max() >= vocab_size(tokenizer):
-        raise damaged
-    return Split(tokens, words, size, identity)
+    try:
+        tokens = np.load(cache, mmap_mode="r")
+        if tokens.max() >= vocab_size(tokenizer):
+            raise ValueError
+    except (ValueError, EOFError):
+        raise ValueError(f"{cache} is damaged; delete it, and it is made again") from None
+    return Split(tokens, identity)
 
 
 def load_dataset(

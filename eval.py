@@ -1,9 +1,9 @@
 """
 What a checkpoint is worth: perplexities, cost, and how much of its memory it uses.
 
-    python eval.py ckpt.pt                      test split of the data it was trained on
+    python eval.py ckpt.pt                      test splits of what it learned and of what it knew
     python eval.py gpt2 --stride 512            published GPT-2 on WikiText-103, overlapping windows
-    python eval.py ckpt.pt --prompt "Once"      samples instead
+    python eval.py ckpt.pt --prompt "def "      samples instead
 
 Perplexity has several names. They differ in what NLL, the split's summed negative log-likelihood in
 nats, is divided by:
@@ -12,12 +12,15 @@ nats, is divided by:
     word-level    exp(NLL / words)      does not
     bits per byte NLL / ln 2 / bytes    does not
 
-In order: perplexity, use of the memory, the report, samples. Shape names: see hml.py.
+In order: perplexity, use of the memory, the report, samples, the table that closes a training run,
+the command. Shape names: see hml.py.
 """
 
 import argparse
+import dataclasses
 import json
 import math
+import os
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -25,11 +28,21 @@ from contextlib import contextmanager
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
 import common
-from data import DATASETS, SPLITS, Split, check_vocabulary, load_dataset, load_tokenizer
+from data import (
+    DATASETS,
+    SPLITS,
+    Split,
+    check_vocabulary,
+    find_source,
+    is_at_hand,
+    load_dataset,
+    load_tokenizer,
+    read_text,
+)
 from model import GPT, count_parameters, open_model
 
 
@@ -37,8 +50,7 @@ from model import GPT, count_parameters, open_model
 def windows_at_once(model: GPT) -> int:
     """How many windows make a batch: as many as a CPU's caches like (512 tokens); on a GPU 32."""
     block_size = model.config.block_size
-    # On MPS logits of more than 8 sequences were wrong in several versions (PyTorch issue 109457).
-    wanted = {"cpu": 512 // block_size, "mps": 8}.get(model.wte.weight.device.type, 32)
+    wanted = 512 // block_size if model.wte.weight.device.type == "cpu" else 32
     largest = 2**28 // (block_size * model.config.vocab_size)  # 1 GiB of fp32 logits
     return max(1, min(wanted, largest))
 
@@ -94,8 +106,12 @@ def sum_nll(
 
 
 def perplexity(nll: float, count: int) -> float:
-    """exp(nll / count), or infinity where no float is large enough: a model gone wrong."""
-    return math.inf if nll / count > 700 else math.exp(nll / count)
+    """exp(nll / count). Raises FloatingPointError if the model has gone wrong: NaN or infinite."""
+    if not nll / count < 700:  # no float holds more; NaN is not less either
+        raise FloatingPointError(
+            "the model's perplexity is infinite or NaN: its weights are spoilt"
+        )
+    return math.exp(nll / count)
 
 
 # ---- Use of the memory ---------------------------------------------------------------------------
@@ -156,137 +172,240 @@ def usage(counts: dict[str, Tensor]) -> dict[str, float]:
 
 
 # ---- The report ----------------------------------------------------------------------------------
-def evaluate(model: GPT, split: Split, stride: int | None = None) -> dict:
+def base_of(model: GPT) -> GPT:
+    """The model without its new blocks, sharing all weights: its base, if only those trained."""
+    old = [i for i in range(model.config.n_layer) if i not in model.config.new]
+    config = dataclasses.replace(model.config, n_layer=len(old), blocks="T" * len(old), new=())
+    with torch.device("meta"):  # no memory for weights that are replaced at once
+        base = GPT(config)
+    base.wte, base.wpe, base.ln_f = model.wte, model.wpe, model.ln_f
+    base.h = nn.ModuleList(model.h[i] for i in old)
+    return base
+
+
+def count_words(text: str) -> int:
+    """Words, with one end-of-line for each line, as WikiText counts them."""
+    last_line_is_open = not text.endswith("\n")
+    return len(text.split()) + text.count("\n") + last_line_is_open
+
+
+def evaluate(model: GPT, tokens: np.ndarray, text: str, stride: int | None, desc: str) -> dict:
     """All figures of one split: perplexities, tokens per second, use of each memory block."""
     # One pass gives everything.
     start = time.perf_counter()
     with count_usage(model) as counts:
-        nll, tokens = sum_nll(model, split.tokens, stride)
+        nll, count = sum_nll(model, tokens, stride, desc)
     seconds = time.perf_counter() - start
+    words = count_words(text)
+    size = len(text.encode())
     return {
-        "tokens": tokens,
-        "words": split.words,
-        "bytes": split.bytes,
+        "tokens": count,
+        "words": words,
+        "bytes": size,
         "nll": nll,
-        "token_perplexity": perplexity(nll, tokens),
-        "word_perplexity": perplexity(nll, split.words),
-        "bits_per_byte": nll / math.log(2) / split.bytes,
-        "tokens_per_second": tokens / seconds,
-        "peak_memory": common.peak_memory(model.wte.weight.device),
+        "token_perplexity": perplexity(nll, count),
+        "word_perplexity": perplexity(nll, words),
+        "bits_per_byte": nll / math.log(2) / size,
+        "tokens_per_second": count / seconds,
         "slots": model.config.n_keys**2,  # in each memory block, if there are any
         "usage": {block + 1: usage(reads) for block, reads in counts.items()},  # counted from 1
     }
 
 
-def print_report(report: dict) -> None:
-    # Each figure, and beside it what it was divided by.
-    tokens = f"exp(NLL / {report['tokens']:,} tokens)"
-    words = f"exp(NLL / {report['words']:,} words)"
-    size = f"NLL / ln 2 / {report['bytes']:,} bytes"
-    print(f"token-level perplexity  {report['token_perplexity']:.3f}   {tokens}")
+def print_report(report: dict, base: dict | None) -> None:
+    """Each figure, beside it the base's if there is one, and what it was divided by."""
+
+    def line(name: str, key: str, digits: int, meaning: str) -> None:
+        theirs = "" if base is None else f"{base[key]:12.{digits}f}"
+        print(f"{name:24}{report[key]:10.{digits}f}{theirs}    {meaning}")
+
+    if base is not None:
+        print(f"{'':24}{'this model':>10}{'its base':>12}")
+    line("token-level perplexity", "token_perplexity", 3, f"exp(NLL / {report['tokens']:,} tokens)")
     if report["tokens"] <= 3 * report["words"]:  # of a model of bytes it says nothing: 16,077
-        print(f"word-level perplexity   {report['word_perplexity']:.3f}   {words}")
-    print(f"bits per byte           {report['bits_per_byte']:.4f}   {size}")
-    print(
-        f"tokens/s                {report['tokens_per_second']:,.0f}   with the time to count reads"
-    )
-    print(f"peak memory             {report['peak_memory'] / 2**20:,.0f} MiB")
+        line("word-level perplexity", "word_perplexity", 3, f"exp(NLL / {report['words']:,} words)")
+    line("bits per byte", "bits_per_byte", 4, f"NLL / ln 2 / {report['bytes']:,} bytes")
+    line("tokens/s", "tokens_per_second", 0, "with the time to count reads")
+
+
+def print_usage(report: dict) -> None:
+    """How many slots of each memory block are in use."""
     for block, figures in report["usage"].items():
-        # KL to uniform is log N - entropy; exp(entropy) is a number of slots in equal use.
-        alike = report["slots"] * math.exp(-figures["kl"])
-        print(
-            f"memory in block {block}, of {report['slots']:,} slots: "
-            f"{figures['top1']:.1%} ever best, {figures['topk']:.1%} ever read, "
-            f"weight as if on {alike:,.0f} alike (KL to uniform {figures['kl']:.2f} nats)"
-        )
-    if report["usage"]:
-        print("(means over heads)")
+        first = f"{figures['top1'] * report['slots']:,.0f} of its {report['slots']:,} slots"
+        some = "were a head's first choice for some token"
+        read = f"{figures['topk'] * report['slots']:,.0f} were read"
+        print(f"memory in block {block}: {first} {some}, {read} (means over heads)")
 
 
-def report_split(model: GPT, info: dict, args: argparse.Namespace) -> None:
-    """Evaluates one split, prints the figures, and writes them to args.json if that is given."""
-    # What is not asked for is as in training.
-    dataset = args.dataset or info.get("dataset", "wikitext103")
-    data_dir = args.data_dir or info.get("data_dir", "data")
+# ---- Samples -------------------------------------------------------------------------------------
+def continue_text(
+    model: GPT,
+    tokenizer_name: str,
+    prompt: str,
+    max_new_tokens: int = 200,
+    temperature: float = 0.8,
+    top_k: int = 50,
+    seed: int = 0,
+) -> str:
+    """The prompt, and what the model writes after it. Draws none of torch's own random numbers."""
+    tokenizer = load_tokenizer(tokenizer_name)
+
+    # Without a prompt, a text begins where another one ends.
+    start = tokenizer.encode_ordinary(prompt) or [tokenizer.eot_token]
+    tokens = torch.tensor([start], device=model.wte.weight.device)  # (1, T)
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        tokens = model.generate(tokens, max_new_tokens, temperature, top_k)
+    # A model may have more tokens than its tokenizer.
+    known = [token for token in tokens[0].tolist() if token < tokenizer.n_vocab]
+    return tokenizer.decode(known)
+
+
+# ---- The table that closes a training run --------------------------------------------------------
+def closing_row(
+    label: str, model: GPT, splits: dict[str, Split], tokenizer: str, prompt: str
+) -> dict:
+    """Sizes, a sample, and the perplexity on each of splits ("new", "old"), whole."""
+    row = {
+        "label": label,
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "added": sum(p.numel() for i in model.config.new for p in model.h[i].parameters()),
+        "trained": sum(p.numel() for p in model.parameters() if p.requires_grad),
+        "sample": continue_text(model, tokenizer, prompt, max_new_tokens=120),
+    }
+    for name, split in splits.items():
+        nll, count = sum_nll(model, split.tokens, desc=f"{label}: the {name} text")
+        row[name] = perplexity(nll, count)
+    return row
+
+
+def print_closing_table(rows: list[dict], names: dict[str, str]) -> None:
+    """names: of the texts, by column ("new", "old")."""
+    columns = "".join(f"{f'{kind}: {name}':>18}" for kind, name in names.items())
+    print(f"{'':20}{'parameters':>12}{'added':>12}{'trained':>12}{columns}")
+    for row in rows:
+        sizes = f"{row['parameters']:12,}{row['added']:12,}{row['trained']:12,}"
+        figures = "".join(f"{row[kind]:18.4f}" for kind in names)
+        print(f"{row['label']:20}{sizes}{figures}")
+
+
+def verdict(rows: list[dict], names: dict[str, str]) -> str:
+    """What a run came to, in sentences. rows: the first is where it started from, the last its end.
+
+    An up-scaled model has a row in between: how it started.
+    """
+    first, last = rows[0], rows[-1]
+    sentences = []
+    change = last["new"] / first["new"] - 1
+    figures = f"perplexity on {names['new']} {first['new']:.2f} -> {last['new']:.2f}"
+    if change < 0:
+        sentences.append(f"Learned: {figures} ({change:+.0%}).")
+    else:
+        sentences.append(f"Nothing was learned: {figures} ({change:+.0%}). Try a lower --lr.")
+    if "old" in names:
+        change = last["old"] / first["old"] - 1
+        word = "Forgotten" if change > 0 else "Nothing was forgotten"
+        figures = f"perplexity on {names['old']} {first['old']:.2f} -> {last['old']:.2f}"
+        sentences.append(f"{word}: {figures} ({change:+.0%}).")
+    if len(rows) == 3:
+        same = all(rows[1][kind] == first[kind] for kind in names)
+        start = "as exactly the base" if same else f"at {rows[1]['new']:.2f}"
+        sentences.append(f"The price: {last['added']:,} parameters more. It started {start}.")
+    return "\n".join(sentences)
+
+
+# ---- The command ---------------------------------------------------------------------------------
+def parse_arguments() -> argparse.Namespace:
+    parser = common.Parser("What a checkpoint is worth; or samples of it.")
+    parser.add_argument("checkpoint", help="a checkpoint, a .bin file of GPT-2's layout, gpt2, ...")
+
+    # What is evaluated.
+    add = parser.add_argument
+    add("--split", choices=SPLITS, default="test", help="(default test)")
+    add("--dataset", choices=DATASETS, help="this alone (default: the new and the old text)")
+    folder = common.data_folder
+    add("--data_dir", type=folder, help="of data and caches (default: as in training, or ./data)")
+    add("--stride", type=common.whole_number, help="tokens between windows (default: no overlap)")
+    add("--device", help="cpu, cuda or mps (default: the best there is)")
+    add("--json", type=common.new_file(".json"), help="also write the figures to this new file")
+
+    # What is sampled.
+    add("--prompt", help="continue this text instead of evaluating; may be empty")
+    whole = common.whole_number
+    add("--max_new_tokens", type=whole, default=200, help="(default 200)")
+    real = common.real_number
+    add("--temperature", type=real, default=0.8, help="0: the likeliest (default 0.8)")
+    add("--sample_top_k", type=whole, default=50, help="choose from these (default 50)")
+    add("--seed", type=common.seed_number, default=0, help="of the samples (default 0)")
+    return parser.parse_args()
+
+
+def texts_to_read(args: argparse.Namespace, info: dict) -> dict[str, tuple[str, str]]:
+    """Name and folder of each text: "new" what the model learned, "old" what it knew before."""
+
+    # A folder that a checkpoint names may have been on another machine.
+    def folder(name: str) -> str:
+        theirs = info.get(name) or ""
+        return args.data_dir or (theirs if os.path.isdir(theirs) else os.path.abspath("data"))
+
+    new = args.dataset or info.get("dataset", "wikitext103")
+    texts = {"new": (new, folder("data_dir"))}
+    old = info.get("old_dataset")
+    if args.dataset is None and old is not None and old != new:
+        if is_at_hand(old, folder("old_data_dir")):
+            texts["old"] = (old, folder("old_data_dir"))
+        else:
+            print(f"{old}, the old text, is left out: it would have to be downloaded")
+    return texts
+
+
+def report_texts(model: GPT, info: dict, args: argparse.Namespace) -> None:
+    """Evaluates the texts, prints the figures, and writes them to args.json if that is given."""
     tokenizer = info["tokenizer"]
     window = model.config.block_size
     stride = args.stride or window
     if stride > window:
         raise ValueError(f"--stride {stride} is more than the window, {window}")
+    only_new_trained = model.config.new and info.get("settings", {}).get("train") == "new"
+    base = base_of(model) if only_new_trained else None
 
-    split = load_dataset(dataset, tokenizer, data_dir, (args.split,))[args.split]
-    print(f"{dataset} {args.split}, tokenizer {tokenizer}, window {window}, stride {stride}")
-    report = evaluate(model, split, stride)
-    print_report(report)
+    figures = {}
+    for kind, (dataset, data_dir) in texts_to_read(args, info).items():
+        tokens = load_dataset(dataset, tokenizer, data_dir, (args.split,))[args.split].tokens
+        text = read_text(*find_source(dataset, args.split, data_dir))
+        print(
+            f"\n{kind} text: {dataset} {args.split}, tokenizer {tokenizer}, window {window}, "
+            f"stride {stride}"
+        )
+        report = evaluate(model, tokens, text, stride, "evaluating")
+        of_base = None
+        if base is not None:
+            of_base = evaluate(base, tokens, text, stride, "evaluating its base")
+        print_report(report, of_base)
+        figures[kind] = {"dataset": dataset, **report, "base": of_base}
+    print()
+    print_usage(figures["new"])
 
     # The same for a program.
     if args.json:
         about = {
             "checkpoint": args.checkpoint,
-            "dataset": dataset,
             "split": args.split,
             "tokenizer": tokenizer,
             "window": window,
             "stride": stride,
             "parameters": count_parameters(model),
         }
+        about.update(figures["new"])
+        about["old"] = figures.get("old")
         with common.written_whole(args.json) as temporary, open(temporary, "w") as file:
-            json.dump({**about, **report}, file, indent=2)
-
-
-# ---- Samples -------------------------------------------------------------------------------------
-def print_sample(model: GPT, tokenizer_name: str, args: argparse.Namespace) -> None:
-    """Continues args.prompt, or nothing but an end of text if that is empty."""
-    tokenizer = load_tokenizer(tokenizer_name)
-
-    # Without a prompt, a text begins where another one ends.
-    prompt = tokenizer.encode_ordinary(args.prompt) or [tokenizer.eot_token]
-    tokens = torch.tensor([prompt], device=model.wte.weight.device)  # (1, T)
-    torch.manual_seed(args.seed)
-    tokens = model.generate(tokens, args.max_new_tokens, args.temperature, args.sample_top_k)
-    # A model may have more tokens than its tokenizer.
-    known = [token for token in tokens[0].tolist() if token < tokenizer.n_vocab]
-    print(tokenizer.decode(known))
-
-
-# ---- The command ---------------------------------------------------------------------------------
-def parse_arguments() -> argparse.Namespace:
-    parser = common.Parser("What a checkpoint is worth; or samples of it.")
-    parser.add_argument(
-        "checkpoint", help="a checkpoint, a file or folder of weights, gpt2, ..., smollm2"
-    )
-
-    # What is evaluated.
-    add = parser.add_argument
-    add("--split", choices=SPLITS, default="test", help="(default test)")
-    add("--dataset", choices=DATASETS, help="(default: the checkpoint's own)")
-    add(
-        "--data_dir",
-        type=common.data_folder,
-        help="folder of data and caches (default: the checkpoint's own, or ./data)",
-    )
-    add("--stride", type=common.whole_number, help="tokens between windows (default: no overlap)")
-    add("--device", help="cpu, cuda or mps (default: the best there is)")
-    add("--json", type=common.new_file(".json"), help="also write the figures to this file")
-
-    # What is sampled.
-    add("--prompt", help="continue this text instead of evaluating; may be empty")
-    add("--max_new_tokens", type=common.whole_number, default=200, help="(default 200)")
-    add(
-        "--temperature", type=common.real_number, default=0.8, help="0: the likeliest (default 0.8)"
-    )
-    add(
-        "--sample_top_k",
-        type=common.whole_number,
-        default=50,
-        help="choose from these (default 50)",
-    )
-    add("--seed", type=common.seed_number, default=0, help="of the samples (default 0)")
-    return parser.parse_args()
+            json.dump(about, file, indent=2)
 
 
 def main() -> None:
     args = parse_arguments()
+    if args.json and os.path.exists(args.json):
+        raise ValueError(f"{args.json} exists; name another file with --json")
     device = common.pick_device(args.device)
     model, info = open_model(args.checkpoint, args.data_dir or "data")
     check_vocabulary(info["tokenizer"], model.config.vocab_size)
@@ -301,10 +420,11 @@ def main() -> None:
     print(f"{sum(counts.values()):,} parameters ({parts})")
 
     # What it says, or what it is worth.
-    if args.prompt is not None:
-        print_sample(model, info["tokenizer"], args)
+    if args.prompt is None:
+        report_texts(model, info, args)
     else:
-        report_split(model, info, args)
+        sizes = (args.max_new_tokens, args.temperature, args.sample_top_k)
+        print(continue_text(model, info["tokenizer"], args.prompt, *sizes, args.seed))
 
 
 if __name__ == "__main__":

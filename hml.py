@@ -1,54 +1,65 @@
+# SPDX-License-Identifier: MIT
 r"""
 The Head-wise Memory Layer (HML) of MIDUS, Memory-Infused Depth Up-Scaling (Kim et al., arXiv
 2512.13751), on product keys (Lample et al. 2019, arXiv 1907.05242).
 
 Depth up-scaling takes a pre-trained model, puts new blocks between its old ones, and goes on
-pre-training. The new blocks are usually copies of old ones. MIDUS inserts memory blocks instead,
-each right after the transformer block that it copies from:
+pre-training. The new blocks are usually copies of old ones. MIDUS inserts memory blocks instead:
 
       a transformer block                     a memory block; its x is what the left one puts out
 
     x --+--> LayerNorm                      x --+--> LayerNorm             copied from the left
         |    attention (Q, K, V), H heads       |    attention (Q, K, V)   copied from the left
-        |    output projection W_O              |    (no W_O: the H head outputs stay apart)
-        |        |                              |    HML: each head looks up what it needs
-        +<-------+ sum                          |        |
-        |                                       +<-------+ sum
-        +--> LayerNorm                          |
-        |    feed-forward layer (FFN)           |    (no second LayerNorm, no FFN)
-        |        |                              v
+        |    output projection W_O              |    HML: each head looks up what it needs
+        |        |                              |        |
+        +<-------+ sum                          +<-------+ sum
+        +--> LayerNorm                          v
+        |    feed-forward layer (FFN)
+        |        |
         +<-------+ sum
         v
 
-This file is the HML line on the right; model.py has both blocks around it. The residual connection,
-the long line from x to the sum, is the block's and not the layer's. `python hml.py` walks through
-the example below.
+So HML stands in the place of W_O *and* of the second LayerNorm and the FFN. One memory block goes
+inside every pair of transformer blocks, T M T, so a stack of 12 gets 6: retrieval is spread over
+the whole depth, and what a memory block adds is always worked on by a transformer block before the
+next memory is asked. This file is the HML line on the right; model.py has both blocks around it.
+The long line from x to the sum, the residual connection, is the block's and not the layer's.
 
-A feed-forward layer multiplies every token with all of its weights. A memory layer *looks up*
-instead. A slot is a place in a bank. It has one entry (its row of the bank, which all heads share)
-and one key per head. For each token, a head reads only the k slots whose keys have the largest dot
-product with its query; to find them among N = n * n slots it scores 2n half keys:
+Attention has queries, keys and values of its own; they did their work before this layer begins.
+From here on the three words mean the memory's. The memory has N = n * n slots, to be thought of as
+a grid of n rows and n columns. A slot has
+
+    an entry    d_v numbers in a bank that all heads share. It is *latent*: it becomes a value only
+                when a head has multiplied it with its own matrix W_h (HIVE, head-wise implicit
+                value expansion).
+    a key       for each head, d_h numbers: [row half | column half]. All slots in a row of the grid
+                have the same row half, all slots in a column the same column half.
+
+A feed-forward layer multiplies every token with all of its weights. A memory layer *looks up*: for
+each token, a head takes the k slots whose keys have the largest dot product with its query, and
+sums their entries. It finds them among n * n slots by scoring n row halves and n column halves:
 
     head output a_h = query q_h
-        first half  . n row keys --> n row scores --> k best --\
-                                                                P pairs (sums) --> k best slots
-        second half . n col keys --> n col scores --> k best --/               --> softmax: weights
+        first half  . n row halves --> n row scores --> k best --\
+                                                                 P pairs (sums) --> k best slots
+        second half . n col halves --> n col scores --> k best --/              --> softmax: weights
 
-    bank (N, d_v), one for all heads --> z_h = weighted sum of the k entries, the latent
-                                         m_h = z_h W_h     (HIVE: a W_h per head)
+    bank (N, d_v), one for all heads --> z_h = sum of weight * entry over the k slots
+                                         m_h = z_h W_h, the head's value
     output = [m_1 | m_2 | ... | m_H]
 
 Shape names, the same in every file:
-    B    batch                     n    keys per half (n_keys)
+    B    batch                     n    rows, and columns, of the grid of slots (n_keys)
     T    tokens in a sequence      N    slots = n * n; slot = row * n + col
     H    heads (n_head)            k    slots read per token and head (top_k)
-    C    n_embd = H * d_h          d_v  width of an entry of the bank, and of the latent (d_latent)
-    d_h  width of a head           P    pairs (i-th best row, j-th best col) that can win
+    C    n_embd = H * d_h          d_v  width of an entry (d_latent)
+    d_h  width of a head           P    pairs (i-th best row, j-th best column) that can win
 
-An example to work through by hand, with n=3, k=2, d_h=4, d_v=2 and one head:
+An example to work through by hand, with n=3, k=2, d_h=4, d_v=2 and one head; `python hml.py` prints
+it step by step:
     query (1, 2 | 2, -1)
-    row keys (0, 1) (1, 2) (1, -1)    row scores 2  5 -1     best rows 1, 0 with 5, 2
-    col keys (2, 0) (0, 1) (1, -1)    col scores 4 -1  3     best cols 0, 2 with 4, 3
+    row halves (0, 1) (1, 2) (1, -1)  row scores 2  5 -1     best rows 1, 0 with 5, 2
+    col halves (2, 0) (0, 1) (1, -1)  col scores 4 -1  3     best cols 0, 2 with 4, 3
     pairs of ranks    (0, 0): 5 + 4 = 9    (0, 1): 5 + 3 = 8    (1, 0): 2 + 4 = 6
                       (1, 1) is beaten by the other three: it cannot be among the best 2
     best slots        row 1, col 0 = 3     row 1, col 2 = 5
@@ -56,31 +67,62 @@ An example to work through by hand, with n=3, k=2, d_h=4, d_v=2 and one head:
     bank              entry 3 is (4, 0)    entry 5 is (0, 4)    z = (2.924, 1.076)
     W = ((1, 0, 2, 1), (0, 1, 0, -1))                    m = z W = (2.924, 1.076, 5.848, 1.848)
 
-Query, key and value here mean the memory's; attention's own were used before this layer starts.
-Deliberately missing: a query projection (the head's output *is* the query), 1/sqrt(d) on scores
-(keys start that small), an output projection or gate, any mixing between heads.
+What it costs in GPT-2 124M (C=768, H=12) with n=128, k=16, d_v=64:
+
+    parameters      LN 1,536 + QKV 1,771,776 + keys 98,304 + bank 1,048,576 + all W_h 49,152
+                    = 2,969,344. A copied block has 7,087,872.
+    bank            A token reads 12 * 16 * 64 = 12,288 of its 1,048,576 numbers.
+    multiplications 1,929,216 per token, 7,077,888 in a copied block; attention's own products left
+                    out. Summing k entries and then projecting takes 61,440 of them; projecting the
+                    k entries and then summing would give the same and take 798,720.
+
+What an FFN has and this has not: it mixes features across the whole width C, and puts a
+nonlinearity on them. Here heads never mix, and the only nonlinear step is the choice of slots with
+its softmax. Left out on purpose: a query projection (the head's output *is* the query), 1/sqrt(d)
+on scores (keys start that small), an output projection or gate.
+
+What is not known, since the paper was not at hand in full: whether queries are normalised; how W_h
+starts; whether anything follows the sum of heads; which sizes were used at which width.
 """
 
-import math
 import warnings
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-try:
-    import numpy as np  # only the last section uses it
-except ImportError:
-    np = None
-
 # ---- 1. The k best of N = n * n slots, without scoring all N -------------------------------------
-# The query has two halves, q = [q1 | q2]. Slot (row, col) has the key [r_row | c_col], so its score
-# is q . key = q1 . r_row + q2 . c_col: n row scores and n column scores hold all n * n as sums.
+# The query has two halves too, q = [q1 | q2], so a slot's score is q . key = q1 . row half + q2 .
+# col half: n row scores and n column scores hold the scores of all n * n slots as sums.
+
+
+def has_numbers(tensor: Tensor) -> bool:
+    """Whether numpy or a backward of our own may touch a tensor.
+
+    Not if it is traced, fake, empty, inside torch.func, or on a device that nobody has tried.
+    """
+    if torch.jit.is_tracing() or type(tensor) not in (Tensor, nn.Parameter):
+        return False
+    try:
+        return tensor.device.type in ("cpu", "cuda") and tensor.data_ptr() != 0
+    except RuntimeError:  # torch.func's tensors have no address
+        return False
 
 
 def topk(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The k largest of scores (..., n), best first: values and places, both (..., k)."""
-    return scores.topk(k, dim=-1)
+    """The k largest of scores (..., n), best first: values and places, both (..., k).
+
+    The same as scores.topk(k), but among ties. For short lists on a CPU numpy's sort takes a third
+    to a half of its time.
+    """
+    short_on_cpu = scores.device.type == "cpu" and scores.size(-1) <= 256
+    sortable = short_on_cpu and scores.dtype == torch.float32
+    if torch.compiler.is_compiling() or not sortable or not has_numbers(scores):
+        return scores.topk(k, dim=-1)
+    order = np.argsort(scores.detach().numpy(), axis=-1)  # (..., n), worst first
+    places = torch.from_numpy(order[..., -k:]).flip(-1)  # (..., k), best first
+    return scores.gather(-1, places), places
 
 
 def candidate_pairs(k: int, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -135,9 +177,10 @@ def product_key_topk(row_scores: Tensor, col_scores: Tensor, k: int) -> tuple[Te
 class ProductKeys(nn.Module):
     """The product keys of H heads: which slots a head reads, and with which weights.
 
-    keys (2, H, n, d_h/2): for each head n row keys, then n column keys, for N keys of width d_h
-    that are never built. Only keys that win get a gradient. They start as U(+-(d_h/2)^-0.5) [Lample
-    et al.]. query_norm, off by default, is a switch of ours; the paper has none.
+    keys (2, H, n, d_h/2): for each head n row halves, then n column halves. The N keys of width d_h
+    that they make are never built. Only keys that win get a gradient. They start as
+    U(+-(d_h/2)^-0.5) [Lample et al.]. query_norm, off by default, is a switch of ours; the paper
+    has none.
 
     Nothing makes a head use all its slots. If its outputs for different tokens are alike, they read
     the same few slots; the other keys get no gradient, so nothing moves them to where they would
@@ -164,11 +207,11 @@ class ProductKeys(nn.Module):
             if self.query_norm:
                 query = F.layer_norm(query, query.shape[-1:])  # (B, T, H, d_h), no learned weights
 
-            # Each half of the query against the half keys that are for it.
+            # Each half of the query against the halves of keys that are for it.
             q1, q2 = query.chunk(2, dim=-1)  # each (B, T, H, d_h/2)
-            row_keys, col_keys = self.keys.float()  # each (H, n, d_h/2)
-            row_scores = torch.einsum("bthd,hnd->bthn", q1, row_keys)  # (B, T, H, n)
-            col_scores = torch.einsum("bthd,hnd->bthn", q2, col_keys)  # (B, T, H, n)
+            row_halves, col_halves = self.keys.float()  # each (H, n, d_h/2)
+            row_scores = torch.einsum("bthd,hnd->bthn", q1, row_halves)  # (B, T, H, n)
+            col_scores = torch.einsum("bthd,hnd->bthn", q2, col_halves)  # (B, T, H, n)
 
             # The weights of a read are a softmax over the k slots that won, not over all.
             scores, slots = product_key_topk(row_scores, col_scores, self.top_k)  # (B, T, H, k)
@@ -180,9 +223,23 @@ class ProductKeys(nn.Module):
 
 
 def pool(weights: Tensor, slots: Tensor, bank: Tensor) -> Tensor:
-    """weights, slots (B, T, H, k), bank (N, d_v) -> z = sum of weight * entry, (B, T, H, d_v)."""
-    entries = F.embedding(slots, bank)  # (B, T, H, k, d_v)
-    return (weights.unsqueeze(-1) * entries).sum(dim=-2)  # (B, T, H, d_v)
+    """weights, slots (B, T, H, k), bank (N, d_v) -> z = sum of weight * entry, (B, T, H, d_v).
+
+    The same as (weights.unsqueeze(-1) * F.embedding(slots, bank)).sum(-2), without the copy of k
+    entries for every read. On a CPU the last section of this file has a faster backward.
+    """
+    compiling = torch.compiler.is_compiling()
+    if not compiling and not has_numbers(weights):
+        return (weights.unsqueeze(-1) * F.embedding(slots, bank)).sum(-2)  # (B, T, H, d_v)
+
+    # A bag is a read: the k entries of one token and head, summed as they are fetched.
+    flat_weights = weights.flatten(0, 2)  # (R, k) with R = B * T * H reads
+    flat_slots = slots.flatten(0, 2)  # (R, k)
+    if slots.device.type == "cpu" and not compiling:
+        z = PoolForCPU.apply(flat_weights, flat_slots, bank)  # (R, d_v)
+    else:
+        z = F.embedding_bag(flat_slots, bank, per_sample_weights=flat_weights, mode="sum")
+    return z.view(*slots.shape[:3], -1)  # (R, d_v) -> (B, T, H, d_v)
 
 
 class HIVE(nn.Module):
@@ -271,6 +328,7 @@ class HeadwiseMemory(nn.Module):
         return self.hive(weights, slots).flatten(2)  # (B, T, H, d_h) -> (B, T, C), side by side
 
 
+# ---- The example of this file's head -------------------------------------------------------------
 @torch.no_grad()
 def show_example() -> None:
     """Prints the example of the docstring, step by step."""
@@ -279,29 +337,29 @@ def show_example() -> None:
         lists = [[round(x, 3) for x in tensor.flatten().tolist()] for tensor in tensors]
         print(f"{name:24}", *lists)
 
-    # Query, keys, entries and W as in the docstring.
+    # Query, halves of keys, entries and W as in the docstring.
     print("one head, 3 x 3 slots, k = 2; the head of this file explains each line")
     query = torch.tensor([1.0, 2, 2, -1])
-    row_keys = torch.tensor([[0.0, 1], [1, 2], [1, -1]])
-    col_keys = torch.tensor([[2.0, 0], [0, 1], [1, -1]])
+    row_halves = torch.tensor([[0.0, 1], [1, 2], [1, -1]])
+    col_halves = torch.tensor([[2.0, 0], [0, 1], [1, -1]])
     entries = torch.tensor([[4.0, 0], [0.0, 4]])
     proj = torch.tensor([[1.0, 0, 2, 1], [0, 1, 0, -1]])
     show("query, in two halves", query[:2], query[2:])
-    show("row keys", *row_keys)
-    show("column keys", *col_keys)
+    show("row halves", *row_halves)
+    show("column halves", *col_halves)
     show("bank, entries 3 and 5", *entries)
     show("projection W", *proj)
 
     heads = query.view(1, 1, 1, 4)  # (B, T, H, d_h)
     memory = HeadwiseMemory(n_head=1, head_dim=4, n_keys=3, top_k=2, d_latent=2)
     show("with an empty bank", memory(heads))
-    memory.product_keys.keys[:] = torch.stack((row_keys, col_keys))[:, None]  # (2, H, n, d_h/2)
+    memory.product_keys.keys[:] = torch.stack((row_halves, col_halves))[:, None]  # (2, H, n, d_h/2)
     memory.hive.bank[[3, 5]] = entries
     memory.hive.proj[0] = proj
 
     # The search, and beside it all nine sums that it does not need.
-    row_scores = row_keys @ query[:2]  # (n,)
-    col_scores = col_keys @ query[2:]  # (n,)
+    row_scores = row_halves @ query[:2]  # (n,)
+    col_scores = col_halves @ query[2:]  # (n,)
     show("row scores", row_scores)
     show("column scores", col_scores)
     show("best rows and columns", topk(row_scores, 2)[1], topk(col_scores, 2)[1])
@@ -317,85 +375,10 @@ def show_example() -> None:
 
 
 # ---- 5. Speed only: stop here --------------------------------------------------------------------
-# The layer is complete; skip this on a first reading. A second `topk` and a second `pool` take the
-# place of the first: the code above looks the names up at each call. Results are the same, but for
-# ties and rounding. Beside each stands how many times as long a training step of the tiny model
-# takes without it, on one CPU core: `python experiments/bench.py --tables tricks --dtype bfloat16`.
-plain_topk = topk
-plain_pool = pool
-
-# PoolForCPU's backward uses a kind of tensor that PyTorch warns about.
-warnings.filterwarnings("ignore", message="Sparse CSR tensor support is in beta")
-
-
-def has_numbers(tensor: Tensor) -> bool:
-    """Whether there are numbers behind a tensor: none is fake, traced, or inside torch.func."""
-    if torch.jit.is_tracing() or type(tensor) not in (Tensor, nn.Parameter):
-        return False
-    try:
-        return tensor.data_ptr() != 0
-    except RuntimeError:
-        return False
-
-
-def topk(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """plain_topk: on a CPU by a sort in numpy, compiled for a GPU by rounds; for short rows."""
-    short_rows = scores.size(-1) <= 256
-    if torch.compiler.is_compiling():
-        by_rounds = scores.is_cuda and short_rows
-        return topk_by_rounds(scores, k) if by_rounds else plain_topk(scores, k)
-    sortable = scores.device.type == "cpu" and scores.dtype == torch.float32 and np is not None
-    if not sortable or not short_rows or not has_numbers(scores):
-        return plain_topk(scores, k)
-
-    # Without it: 1.09.
-    order = np.argsort(scores.detach().numpy(), axis=-1)  # (..., n), worst first
-    places = torch.from_numpy(order[..., -k:]).flip(-1)  # (..., k), best first
-    return scores.gather(-1, places), places
-
-
-def topk_by_rounds(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """plain_topk as k rounds of a search for the largest that is left.
-
-    torch.compile can make one kernel of all rounds, which reads a row once; topk on CUDA takes a
-    thread block for a row. [not measured yet: experiments/gpu.py]
-    """
-    n = scores.size(-1)
-    every_place = torch.arange(n, device=scores.device)  # (n,)
-    row = scores.detach()
-    taken = torch.zeros_like(row, dtype=torch.bool)  # (..., n)
-    places = []
-    for _ in range(k):
-        # The largest that is left, and the first place that has it. NaN is larger than all, as in
-        # topk, and equal to nothing; a place that is taken does not come again for its -inf.
-        largest = row.masked_fill(taken, -math.inf).amax(dim=-1, keepdim=True)  # (..., 1)
-        has_it = (row == largest) | (row.isnan() & largest.isnan())  # (..., n)
-        place = every_place.where(has_it & ~taken, n).amin(dim=-1, keepdim=True)  # (..., 1)
-        taken = taken | (every_place == place)
-        places.append(place)
-    places = torch.cat(places, dim=-1)  # (..., k), best first
-    return scores.gather(-1, places), places
-
-
-def pool(weights: Tensor, slots: Tensor, bank: Tensor) -> Tensor:
-    """plain_pool without a copy of the k entries of every read. Without it: 1.21."""
-    device_type = slots.device.type
-    compiling = torch.compiler.is_compiling()
-    if device_type == "mps" or not (compiling or has_numbers(weights)):
-        return plain_pool(weights, slots, bank)  # embedding_bag is unreliable on mps
-
-    # A bag is a read: the k entries of one token and head, summed as they are fetched.
-    flat_weights = weights.flatten(0, 2)  # (R, k) with R = B * T * H reads
-    flat_slots = slots.flatten(0, 2)  # (R, k)
-    if device_type == "cpu" and not compiling:
-        z = PoolForCPU.apply(flat_weights, flat_slots, bank)  # (R, d_v)
-    else:
-        z = F.embedding_bag(flat_slots, bank, per_sample_weights=flat_weights, mode="sum")
-    return z.view(*slots.shape[:3], -1)  # (R, d_v) -> (B, T, H, d_v)
-
-
+# The layer is complete. embedding_bag has a backward of its own, which takes longer on a CPU: a
+# training step of this layer takes 1.2 to 1.4 times as long with it (experiments/bench.py).
 class PoolForCPU(torch.autograd.Function):
-    """embedding_bag with weights, and a backward that CPUs do sooner. Without it: 1.05."""
+    """embedding_bag with weights, and a backward that CPUs do sooner."""
 
     @staticmethod
     def forward(ctx, weights: Tensor, slots: Tensor, bank: Tensor) -> Tensor:
@@ -411,14 +394,16 @@ class PoolForCPU(torch.autograd.Function):
         reads = slots.flatten()  # (R * k,)
 
         # A weight's gradient is grad[r] . bank[slot]: only these R * k places of the product
-        # grad @ bank.T, (R, N), are computed.
-        places = torch.sparse_csr_tensor(
-            crow_indices=torch.arange(0, R * k + 1, k),
-            col_indices=reads,
-            values=torch.zeros_like(weights).flatten(),
-            size=(R, N),
-            check_invariants=False,  # the columns of a row come in any order
-        )
+        # grad @ bank.T, (R, N), are computed. torch warns that such tensors are new in it.
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            places = torch.sparse_csr_tensor(
+                crow_indices=torch.arange(0, R * k + 1, k),
+                col_indices=reads,
+                values=torch.zeros_like(weights).flatten(),
+                size=(R, N),
+                check_invariants=False,  # the columns come in any order
+            )
         products = torch.sparse.sampled_addmm(places, grad, bank.T, beta=0)
         grad_weights = products.values().view(R, k)
 

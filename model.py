@@ -3,7 +3,7 @@ GPT-2, with two kinds of blocks: transformer blocks (T) and memory blocks (M).
 
     block T:  x = x + Attn(LN1(x));  x = x + MLP(LN2(x))    Attn ends in the projection c_proj
     block M:  x = x + HML(heads(LN1(x)))                    heads: the same without c_proj (hml.py)
-       or B:  x = x + HML(x + Attn(LN1(x)))                 with query="block", see MemoryBlock
+        or    x = x + HML(x + Attn(LN1(x)))                 with query="token", see MemoryBlock
 
 A config's `blocks` string says what stands where: "TMTTMT" is T M T T M T from bottom to top.
 Parameters carry GPT-2's names (wte, wpe, h.N.attn.c_attn, ...), so that published weights map by
@@ -15,15 +15,12 @@ positions other than learned ones, other norms.
 """
 
 import os
-import sys
 import zipfile
 from dataclasses import asdict, dataclass
-from types import ModuleType
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from common import download, one_line, written_whole
 from hml import HeadwiseMemory
@@ -45,7 +42,7 @@ class GPTConfig:
     top_k: int = 16
     d_latent: int = 64
     query_norm: bool = False
-    query: str = "heads"  # or "block": what the memory is asked with, see MemoryBlock
+    query: str = "head"  # or "token": what a head asks its memory with, see MemoryBlock
 
     new: tuple[int, ...] = ()  # indices, from 0, of the blocks that up-scaling inserted
 
@@ -65,8 +62,8 @@ class GPTConfig:
         if len(self.blocks) != self.n_layer or set(self.blocks) - set("TM"):
             wanted = f"{self.n_layer} letters T or M (one per layer)"
             raise ValueError(f"blocks must be {wanted}, not {self.blocks!r}")
-        if self.query not in ("heads", "block"):
-            raise ValueError(f"query must be heads or block, not {self.query!r}")
+        if self.query not in ("head", "token"):
+            raise ValueError(f"query must be head or token, not {self.query!r}")
         if not all(0 <= i < self.n_layer for i in self.new):
             last = self.n_layer - 1
             raise ValueError(f"new must list block indices from 0 to {last}, not {self.new}")
@@ -88,52 +85,45 @@ def extend_cache(cache: dict | None, k: Tensor, v: Tensor) -> tuple[Tensor, Tens
     return k, v
 
 
-# Attention comes in two forms: with its heads apart, for a memory block, and joined by c_proj, for
-# a transformer block. Both have the same c_attn, so that one can be copied to the other.
-class AttentionHeads(nn.Module):
-    """Multi-head causal attention that stops before the output projection: heads stay apart."""
+class Attention(nn.Module):
+    """Multi-head causal attention. x (B, T, C) -> (B, T, C), or with its heads apart.
 
-    def __init__(self, config: GPTConfig):
+    project: GPT-2's form, in which c_proj mixes the heads' outputs. Without it there is no c_proj,
+    and attention ends in (B, T, H, d_h): what a memory block asks its memory with.
+    """
+
+    def __init__(self, config: GPTConfig, project: bool = True):
         super().__init__()
         self.n_head = config.n_head
         self.c_attn = nn.Linear(config.n_embd, 3 * config.n_embd)  # Q, K and V in one
+        self.project = project
+        if project:
+            self.c_proj = nn.Linear(config.n_embd, config.n_embd)
 
     def forward(self, x: Tensor, cache: dict | None = None) -> Tensor:
-        """x (B, T, C) -> (B, T, H, d_h).
-
-        cache holds the keys and values so far, and takes the new.
-        """
+        """cache holds the keys and values so far, and takes the new."""
         # One product makes queries, keys and values of all heads.
         qkv = self.c_attn(x).unflatten(-1, (3, self.n_head, -1))  # (B, T, 3, H, d_h)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B, H, T, d_h)
-
+        if q.device.type == "mps":  # on views the result was wrong (PyTorch issue 163597)
+            q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
         k, v = extend_cache(cache, k, v)  # both (B, H, T so far, d_h)
 
-        # Once a cache is begun, one token comes at a time and may look at all before it: no mask.
+        # On a CPU in fp32, even under autocast: there the backward in bf16 is up to three times
+        # slower. Once a cache is begun, one token comes at a time and may look at all before it.
         causal = q.size(2) > 1
         if q.device.type == "cpu":
-            # In fp32 even under autocast: the backward in bf16 is up to three times slower there.
             with torch.autocast("cpu", enabled=False):
                 wide = torch.promote_types(q.dtype, torch.float32)
-                y = F.scaled_dot_product_attention(
+                heads = F.scaled_dot_product_attention(
                     q.to(wide), k.to(wide), v.to(wide), is_causal=causal
                 ).to(q.dtype)
         else:
-            if q.device.type == "mps":  # on views the result was wrong (PyTorch issue 163597)
-                q, k, v = q.contiguous(), k.contiguous(), v.contiguous()
-            y = F.scaled_dot_product_attention(q, k, v, is_causal=causal)
-        return y.transpose(1, 2)  # (B, H, T, d_h) -> (B, T, H, d_h)
+            heads = F.scaled_dot_product_attention(q, k, v, is_causal=causal)
 
-
-class Attention(AttentionHeads):
-    """GPT-2's attention: the heads, joined and projected. x (B, T, C) -> (B, T, C)."""
-
-    def __init__(self, config: GPTConfig):
-        super().__init__(config)
-        self.c_proj = nn.Linear(config.n_embd, config.n_embd)
-
-    def forward(self, x: Tensor, cache: dict | None = None) -> Tensor:
-        heads = super().forward(x, cache)  # (B, T, H, d_h)
+        heads = heads.transpose(1, 2)  # (B, H, T, d_h) -> (B, T, H, d_h)
+        if not self.project:
+            return heads
         return self.c_proj(heads.flatten(2))  # (B, T, H, d_h) -> (B, T, C)
 
 
@@ -167,60 +157,39 @@ class TransformerBlock(nn.Module):
         return x
 
 
-def memory_of(config: GPTConfig) -> HeadwiseMemory:
-    """The memory layer of an M block, with the sizes that the config says."""
-    return HeadwiseMemory(
-        n_head=config.n_head,
-        head_dim=config.n_embd // config.n_head,
-        n_keys=config.n_keys,
-        top_k=config.top_k,
-        d_latent=config.d_latent,
-        query_norm=config.query_norm,
-    )
-
-
 class MemoryBlock(nn.Module):
     """MIDUS's block: attention, then the memory, and no MLP. (B, T, C).
 
-    Accounts of the paper can be read in two ways. A, query="heads": head h's output, without output
-    projection, is its query. B, query="block": x + Attn(LN(x)), projection and all, is cut in one
-    slice per head, so that a query knows the token itself. In both, attention reaches the sum only
-    through the memory; a way around it would weaken what retrieval has to learn [report]. So both
-    start as the base.
+    query says what a head asks its memory with. "head": its own output of attention, which stops
+    before c_proj; so accounts of the paper describe it [report]. "token": its slice of
+    x + Attn(LN(x)), projection and all, so that a query knows the token itself; one account can be
+    read so. In both, attention reaches the sum only through the memory; a way around it would
+    weaken what retrieval has to learn [report]. So both start as the base.
     """
 
     def __init__(self, config: GPTConfig):
         super().__init__()
-        self.ln_1 = nn.LayerNorm(config.n_embd)
-        self.attn = AttentionHeads(config) if config.query == "heads" else Attention(config)
-        self.memory = memory_of(config)
         self.query = config.query
+        self.ln_1 = nn.LayerNorm(config.n_embd)
+        self.attn = Attention(config, project=config.query == "token")
+        self.memory = HeadwiseMemory(
+            n_head=config.n_head,
+            head_dim=config.n_embd // config.n_head,
+            n_keys=config.n_keys,
+            top_k=config.top_k,
+            d_latent=config.d_latent,
+            query_norm=config.query_norm,
+        )
 
     def forward(self, x: Tensor, cache: dict | None = None) -> Tensor:
-        query = self.attn(self.ln_1(x), cache)  # A: (B, T, H, d_h); B: (B, T, C)
-        if self.query == "block":
+        query = self.attn(self.ln_1(x), cache)  # head: (B, T, H, d_h); token: (B, T, C)
+        if self.query == "token":
             query = (x + query).unflatten(-1, (self.memory.n_head, -1))  # (B, T, H, d_h)
         return x + self.memory(query)
 
 
 # ---- The model -----------------------------------------------------------------------------------
 BLOCKS = {"T": TransformerBlock, "M": MemoryBlock}
-
-
-def aligned_product(x: Tensor, weight: Tensor) -> Tensor:
-    """F.linear(x, weight) for GPUs: x (..., C), weight (vocab, C) -> (..., vocab).
-
-    Tensor cores want multiples of 64, and GPT-2 has 50,257 tokens. So the weight is made longer for
-    the product, and the logits are cut.
-    """
-    vocab = weight.size(0)
-    longer = F.pad(weight, (0, 0, 0, -vocab % 64))
-    return F.linear(x, longer)[..., :vocab]
-
-
-def head_product(x: Tensor, weight: Tensor) -> Tensor:
-    """x (..., C), weight (vocab, C) -> logits (..., vocab)."""
-    return aligned_product(x, weight) if x.is_cuda else F.linear(x, weight)
 
 
 class GPT(nn.Module):
@@ -251,37 +220,6 @@ class GPT(nn.Module):
             if isinstance(module, nn.Linear) and module.bias is not None:
                 nn.init.zeros_(module.bias)
 
-    def embed(self, tokens: Tensor, start: int) -> Tensor:
-        """tokens (B, T), the first at position start -> what enters the stack, (B, T, C)."""
-        positions = torch.arange(start, start + tokens.size(1), device=tokens.device)  # (T,)
-        return self.wte(tokens) + self.wpe(positions)
-
-    def logits(self, x: Tensor) -> Tensor:
-        """x (..., C), what leaves the stack, normalised -> (..., vocab)."""
-        # A token's logit is the dot product of its embedding with the stack's output.
-        return head_product(x, self.wte.weight)
-
-    def loss(self, x: Tensor, targets: Tensor, logits_at_once: int = 2**26) -> Tensor:
-        """x (B, T, C), what leaves the stack, normalised; targets (B, T) -> mean loss, in nats."""
-        x = x.flatten(0, 1)  # (B * T, C)
-        targets = targets.flatten()  # (B * T,)
-        if x.size(0) * self.config.vocab_size <= logits_at_once:
-            return F.cross_entropy(self.logits(x).float(), targets)
-
-        # Logits exist in bf16, in fp32 and as a softmax: of GPT-2's vocabulary 0.6 GiB per sequence
-        # of 1,024 tokens. So they are made in chunks of rows, and made again for the backward pass.
-        total = torch.zeros((), device=x.device)
-        rows = max(1, logits_at_once // self.config.vocab_size)
-        for part, wanted in zip(x.split(rows), targets.split(rows)):
-            total = total + checkpoint(
-                self.summed_loss, part, wanted, use_reentrant=False, preserve_rng_state=False
-            )
-        return total / len(targets)
-
-    def summed_loss(self, x: Tensor, targets: Tensor) -> Tensor:
-        """x (R, C), targets (R,) -> their summed loss."""
-        return F.cross_entropy(self.logits(x).float(), targets, reduction="sum")
-
     def forward(
         self, tokens: Tensor, targets: Tensor | None = None, cache: list[dict] | None = None
     ) -> Tensor:
@@ -302,19 +240,18 @@ class GPT(nn.Module):
             longest = self.config.block_size
             raise ValueError(f"a sequence of {end} tokens is longer than the model's {longest}")
 
-        # Up the stack. A block may compute in another type than the stream's: a frozen base can be
-        # kept in bf16 while its new blocks train in fp32.
-        x = self.embed(tokens, start)  # (B, T, C)
-        stream = x.dtype
+        # Up the stack.
+        positions = torch.arange(start, end, device=tokens.device)  # (T,)
+        x = self.wte(tokens) + self.wpe(positions)  # (B, T, C)
         for i, block in enumerate(self.h):
-            x = x.to(block.ln_1.weight.dtype)
             x = block(x, cache[i] if cache is not None else None)  # (B, T, C)
-            x = x.to(stream)
         x = self.ln_f(x)
 
+        # A token's logit is the dot product of its embedding with the stack's output.
+        logits = F.linear(x, self.wte.weight)  # (B, T, vocab)
         if targets is None:
-            return self.logits(x)  # (B, T, vocab)
-        return self.loss(x, targets)
+            return logits
+        return F.cross_entropy(logits.float().flatten(0, 1), targets.flatten())
 
     @torch.no_grad()
     def generate(
@@ -379,36 +316,22 @@ def count_parameters(model: GPT, blocks: tuple[int, ...] | None = None) -> dict[
 
 
 # ---- Models in files -----------------------------------------------------------------------------
-def import_llama() -> ModuleType:
-    """experiments/llama.py: the only import from that folder, where a name or file asks for it."""
-    folder = os.path.join(os.path.dirname(os.path.abspath(__file__)), "experiments")
-    if folder not in sys.path:
-        sys.path.insert(0, folder)  # before a package of that name
-    import llama
-
-    return llama
-
-
-def classes_of(architecture: str) -> tuple[type, type]:
-    """The config and the model of a checkpoint. Raises ValueError for an unknown architecture."""
-    if architecture == "GPT":
-        return GPTConfig, GPT
-    if architecture == "Llama":
-        llama = import_llama()
-        return llama.LlamaConfig, llama.Llama
-    raise ValueError(f"its architecture is {architecture}; known are GPT and Llama")
+# What is said of a model beside its weights, as far as other files rely on it, and its type.
+INFO = {"tokenizer": str, "dataset": str, "data_dir": str, "settings": dict, "progress": dict}
 
 
 def save_checkpoint(path: str, model: GPT, **info) -> None:
     """Writes config, weights and `info` (plain types and tensors only), whole or not at all."""
     content = {"config": asdict(model.config), "model": model.state_dict(), **info}
-    content["architecture"] = type(model).__name__
     with written_whole(path) as temporary:
         torch.save(content, temporary)
 
 
 def load_checkpoint(path: str) -> tuple[GPT, dict]:
-    """The model on the CPU, and the info that save_checkpoint was given. Raises ValueError."""
+    """The model on the CPU, in fp32, and the info that save_checkpoint was given.
+
+    Raises ValueError for a file that is damaged or holds something else.
+    """
     if not os.path.isfile(path):
         raise ValueError(f"there is no checkpoint at {path}")
 
@@ -425,14 +348,16 @@ def load_checkpoint(path: str) -> tuple[GPT, dict]:
     # The model is first made without memory for its weights, however large it says it is.
     try:
         info = torch.load(path, map_location="cpu", weights_only=True)
-        config_class, model_class = classes_of(info.pop("architecture", "GPT"))
         with torch.device("meta"):
-            model = model_class(config_class(**info.pop("config")))
+            model = GPT(GPTConfig(**info.pop("config")))
         model.load_state_dict(info.pop("model"), assign=True)
+        for name, kind in INFO.items():
+            if not isinstance(info.get(name, kind()), kind):
+                raise ValueError(f"{name} is {info[name]!r}, which is no {kind.__name__}")
     except Exception as error:  # whole, but something else: torch and GPT raise many kinds
         reason = one_line(error, 200)
         raise ValueError(f"{path} does not hold a nanoMIDUS model: {reason}") from error
-    return model, info
+    return model.float(), info
 
 
 GPT2_URL = "https://huggingface.co/openai-community/{}/resolve/main/pytorch_model.bin"
@@ -479,29 +404,19 @@ def load_gpt2(path: str) -> GPT:
 def open_model(name: str, data_dir: str = "data") -> tuple[GPT, dict]:
     """A GPT-2 by name, a .bin file in its layout, or one of our checkpoints; and its info.
 
-    Or a Llama: smollm2, a folder as Hugging Face writes it, a .gguf file (experiments/llama.py).
     GPT-2 is downloaded once, into data_dir. Raises ValueError for what is no model, OSError if the
     download fails.
     """
-    # By name.
     if name in PRETRAINED:
         path = os.path.join(data_dir, f"{name}.bin")
-        hint = (
-            f"A file of your own in that layout can be named instead of {name}, if it ends in .bin."
-        )
+        hint = f"A file of your own in that layout can be named instead of {name}, as FILE.bin."
         download([GPT2_URL.format(name)], path, sha256=GPT2_SHA256.get(name), hint=hint)
         return load_gpt2(path), {"tokenizer": "gpt2"}
-
-    # By what kind of file or folder it is.
-    if name == "smollm2" or name.endswith(".gguf") or os.path.isdir(name):
-        return import_llama().open_llama(name, data_dir)
     if name.endswith(".bin"):
         return load_gpt2(name), {"tokenizer": "gpt2"}
 
     # A checkpoint of ours. What reads text must know how it was cut into tokens.
     model, info = load_checkpoint(name)
     if "tokenizer" not in info:
-        raise ValueError(
-            f"{name} does not say its tokenizer; it was not written by train.py or upscale.py"
-        )
+        raise ValueError(f"{name} does not say its tokenizer; train.py and upscale.py write it")
     return model, info

@@ -12,36 +12,19 @@ the inserted blocks are listed by index in the new stack, from 0. More methods: 
 names: see hml.py.
 """
 
+import argparse
 import dataclasses
 import os
+from collections import namedtuple
 
 import torch
 from torch import Tensor, nn
 
 import common
-from common import flag
 from model import GPT, count_parameters, open_model, save_checkpoint
 
-METHODS = ("midus", "llama-pro", "solar")
 PLACEMENT = ("every", "positions", "n_new")
 MEMORY = ("n_keys", "top_k", "d_latent", "query_norm", "query")
-
-
-@dataclasses.dataclass
-class NewBlocks:
-    """Where new blocks go (every, positions or n_new), and the sizes of a memory block."""
-
-    every: int = flag("one new block per so many blocks (default 2)", group="new blocks")
-    positions: list = flag("new blocks right after these: 1,3,5")
-    n_new: int = flag("so many new blocks, spread evenly")
-    n_keys: int = flag("keys per half, n_keys squared slots (default 32, 64 or 128, by width)")
-    top_k: int = flag("slots read per token and head (default 8, or 16 for widths over 640)")
-    d_latent: int = flag("width of an entry of the bank (default 32, or 64 for widths over 128)")
-    query_norm: bool = flag("normalise queries (not in the paper)")
-    query: str = flag(
-        "what a head asks with: its output (default) or its slice of x + attention",
-        choices=("heads", "block"),
-    )
 
 
 def memory_sizes(n_embd: int) -> dict[str, int]:
@@ -55,18 +38,6 @@ def memory_sizes(n_embd: int) -> dict[str, int]:
 
 
 # ---- Where the new blocks go ---------------------------------------------------------------------
-def check_positions(positions: list[int], n_layer: int) -> None:
-    """Raises ValueError unless these are different blocks of the base, and at least one."""
-    inside = all(1 <= p <= n_layer for p in positions)
-    if not positions or not inside:
-        range_ = f"between 1 and {n_layer}, the number of blocks"
-        raise ValueError(f"positions must lie {range_}; got {positions}")
-    if len(set(positions)) < len(positions):
-        raise ValueError(
-            f"new blocks are never stacked on each other; positions repeat: {positions}"
-        )
-
-
 def check_count(name: str, count: int, n_layer: int) -> None:
     """Raises ValueError unless a count of blocks fits a base of n_layer blocks."""
     if not 1 <= count <= n_layer:
@@ -96,8 +67,12 @@ def place(
     if len(ways) > 1:
         raise ValueError("give one of every, positions and n_new, not several")
 
+    # New blocks are never stacked on each other [report], so no position comes twice.
     if positions is not None:
-        check_positions(positions, n_layer)
+        inside = all(1 <= p <= n_layer for p in positions)
+        if not positions or not inside or len(set(positions)) < len(positions):
+            wanted = f"different numbers between 1 and {n_layer}, the number of blocks"
+            raise ValueError(f"positions must be {wanted}; got {positions}")
         return sorted(positions)
 
     # Groups of blocks, by their edges.
@@ -142,9 +117,7 @@ def assemble(base: GPT, sources: list[int], new: list[int], kind: str = "T", **m
     memory.
     """
     if "M" in base.config.blocks:
-        raise ValueError(
-            "the base already has memory blocks; up-scale a model of transformer blocks only"
-        )
+        raise ValueError("the base already has memory blocks; name the base that it was made of")
 
     kinds = [kind if i in new else "T" for i in range(len(sources))]
     config = dataclasses.replace(
@@ -157,7 +130,7 @@ def assemble(base: GPT, sources: list[int], new: list[int], kind: str = "T", **m
     outside = {name: weights[name] for name in weights if not name.startswith("h.")}
     model.load_state_dict(outside, strict=False)
     for i, source in enumerate(sources):
-        # A memory block takes LN and Q, K, V (and W_O, with query="block") from its source, and has
+        # A memory block takes LN and Q, K, V (and W_O, with query="token") from its source, and has
         # no place for the rest. That its source is the block before it is a [choice].
         is_copy = kinds[i] == "T"
         model.h[i].load_state_dict(base.h[source].state_dict(), strict=is_copy)
@@ -173,14 +146,29 @@ def silence(block: nn.Module) -> None:
 
 # ---- The methods ---------------------------------------------------------------------------------
 # Each is a choice of sources and of what the new blocks are at the start.
-def midus(base: GPT, positions: list[int], **memory) -> GPT:
-    """A memory block after each of these blocks."""
+def midus(
+    base: GPT,
+    every: int | None = None,
+    positions: list[int] | None = None,
+    n_new: int | None = None,
+    **memory,
+) -> GPT:
+    """A memory block inside each group of blocks; memory: sizes and switches, see MEMORY."""
+    positions = place(base.config.n_layer, True, every, positions, n_new)
     sources, new = interleave(base.config.n_layer, positions)
-    return assemble(base, sources, new, kind="M", **memory)
+    sizes = memory_sizes(base.config.n_embd)
+    sizes.update(memory)
+    return assemble(base, sources, new, kind="M", **sizes)
 
 
-def llama_pro(base: GPT, positions: list[int]) -> GPT:
-    """A copy after each of these blocks, silent at first."""
+def llama_pro(
+    base: GPT,
+    every: int | None = None,
+    positions: list[int] | None = None,
+    n_new: int | None = None,
+) -> GPT:
+    """A copy at the end of each group of blocks, silent at first."""
+    positions = place(base.config.n_layer, False, every, positions, n_new)
     sources, new = interleave(base.config.n_layer, positions)
     model = assemble(base, sources, new)
     for i in new:
@@ -188,64 +176,50 @@ def llama_pro(base: GPT, positions: list[int]) -> GPT:
     return model
 
 
-def overlap(n_layer: int, n_new: int) -> tuple[list[int], list[int]]:
-    """SOLAR's stack: the base without its last m1 blocks, then the base without its first m2.
+def solar(base: GPT, n_new: int | None = None) -> GPT:
+    """Two overlapping copies of the stack; by default half as many blocks again, as published.
 
-    m1 + m2 = n_layer - n_new, as equal as can be. The second copy's overlapping blocks count as the
-    new ones. Returns sources and new, as interleave() does.
+    The base without its last m1 blocks, then the base without its first m2; m1 + m2 = n_layer -
+    n_new, as equal as can be. The second copy's overlapping blocks count as the new ones.
     """
+    n_layer = base.config.n_layer
+    n_new = max(1, n_layer // 2) if n_new is None else n_new
+    check_count("n_new", n_new, n_layer)
+
     # Of six blocks and two new ones: 1 2 3 4 and 3 4 5 6.
     m1 = (n_layer - n_new) // 2
     m2 = n_layer - n_new - m1
     first = list(range(n_layer - m1))
     second = list(range(m2, n_layer))
     new = list(range(len(first), len(first) + n_new))
-    return first + second, new
+    return assemble(base, first + second, new)
 
 
-def solar(base: GPT, n_new: int | None = None) -> GPT:
-    """Two overlapping copies of the stack; by default half as many blocks again, as published."""
-    n_layer = base.config.n_layer
-    n_new = max(1, n_layer // 2) if n_new is None else n_new
-    check_count("n_new", n_new, n_layer)
-    sources, new = overlap(n_layer, n_new)
-    return assemble(base, sources, new)
+# A method: the function that builds the deeper model, the options it takes, and what trains unless
+# somebody says otherwise: "new" or "all". A row that is added here can be trained, sampled and
+# compared at once, if its model is made of T and M blocks.
+Method = namedtuple("Method", ("build", "options", "train"))
+
+METHODS = {
+    "midus": Method(midus, PLACEMENT + MEMORY, "new"),
+    "llama-pro": Method(llama_pro, PLACEMENT, "new"),
+    "solar": Method(solar, ("n_new",), "all"),
+}
 
 
-def upscale(
-    base: GPT,
-    method: str,
-    every: int | None = None,
-    positions: list[int] | None = None,
-    n_new: int | None = None,
-    **memory,
-) -> GPT:
+def upscale(base: GPT, method: str, **options) -> GPT:
     """A deeper copy of base, on its device; base is left untouched.
 
-    method: one of METHODS. Placement: see place(); solar has one seam and takes n_new only. memory:
-    n_keys, top_k, d_latent, query_norm, query of midus's memory blocks. Raises ValueError, one
-    sentence, for a placement or a memory that cannot be.
+    method: a row of METHODS. options: of those in its row; placement is explained at place().
+    Raises ValueError, one sentence, for what cannot be.
     """
-    # What does not go together.
     if method not in METHODS:
         raise ValueError(f"method must be one of {', '.join(METHODS)}; not {method!r}")
-    if method != "midus" and memory:
-        given = ", ".join(memory)
-        raise ValueError(f"{method} inserts no memory blocks; it takes no {given}")
-
-    if method == "solar":
-        if positions is not None or every is not None:
-            raise ValueError(
-                "solar has one seam, in the middle: it takes n_new, not positions or every"
-            )
-        return solar(base, n_new)
-
-    # MIDUS puts a block inside each group of blocks, LLaMA Pro at its end.
-    in_the_middle = method == "midus"
-    positions = place(base.config.n_layer, in_the_middle, every, positions, n_new)
-    if method == "midus":
-        return midus(base, positions, **memory)
-    return llama_pro(base, positions)
+    known = METHODS[method].options
+    unknown = [name for name in options if name not in known]
+    if unknown:
+        raise ValueError(f"{method} takes no {', '.join(unknown)}; it takes {', '.join(known)}")
+    return METHODS[method].build(base, **options)
 
 
 def set_trainable(model: GPT, which: str) -> None:
@@ -258,12 +232,11 @@ def set_trainable(model: GPT, which: str) -> None:
         model.requires_grad_(True)
         return
 
+    # Indices of the blocks that learn.
     if which == "new":
         chosen = model.config.new
         if not chosen:
-            raise ValueError(
-                "--train new needs inserted blocks, and this model has none; use --train all"
-            )
+            raise ValueError("--train new: this model has no inserted blocks; use --train all")
     else:
         named = which.split(",")
         if not all(part.isdecimal() and 1 <= int(part) <= n_layer for part in named):
@@ -308,22 +281,39 @@ def summary(base: GPT, deeper: GPT) -> str:
     return "\n".join(lines)
 
 
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    """Flags for the options of METHODS, here and in train.py; one that is not given is None."""
+    whole = common.whole_number
+    add = parser.add_argument_group("new blocks").add_argument
+    add("--every", type=whole, help="one new block per so many blocks (default 2)")
+    add("--positions", type=common.whole_numbers, help="new blocks right after these: 1,3,5")
+    add("--n_new", type=whole, help="so many new blocks, spread evenly")
+    add("--n_keys", type=whole, help="n, for n * n slots (default 32, 64 or 128, by width)")
+    add("--top_k", type=whole, help="slots read per token and head (default 8 or 16, by width)")
+    add("--d_latent", type=whole, help="width of an entry of the bank (default 32 or 64, by width)")
+    add("--query_norm", action="store_true", default=None, help="normalise queries (not published)")
+    words = "what a head asks with: its output (default), or its slice of token + attention"
+    add("--query", choices=("head", "token"), help=words)
+
+
+def given_options(args: argparse.Namespace) -> dict:
+    """The options that were given as flags."""
+    values = {name: getattr(args, name) for name in PLACEMENT + MEMORY}
+    return {name: value for name, value in values.items() if value is not None}
+
+
 def main() -> None:
     parser = common.Parser("Up-scale a model without training it.")
     add = parser.add_argument
-    add("base", help="a checkpoint, a file or folder of weights, gpt2, gpt2-medium, ..., smollm2")
+    add("base", help="a checkpoint, a .bin file of GPT-2's layout, gpt2, gpt2-medium, ...")
     add("--method", choices=METHODS, default="midus", help="(default midus)")
     add("--out", type=common.new_file(".pt"), default="deeper.pt", help="(default deeper.pt)")
     add("--overwrite", action="store_true", help="replace --out if it exists")
-    add(
-        "--data_dir",
-        type=common.data_folder,
-        default="data",
-        help="where GPT-2's weights are kept (default ./data)",
-    )
+    folder = common.data_folder
+    add("--data_dir", type=folder, default="data", help="of GPT-2's weights (default ./data)")
     add("--device", help="cpu, cuda or mps (default: the best there is)")
     add("--seed", type=common.seed_number, default=0, help="of what starts at random (default 0)")
-    common.add_flags(parser, NewBlocks)
+    add_flags(parser)
     args = parser.parse_args()
     if os.path.exists(args.out) and not args.overwrite:
         raise ValueError(f"{args.out} exists; choose another --out, or add --overwrite")
@@ -332,12 +322,8 @@ def main() -> None:
     device = common.pick_device(args.device)
     base, info = open_model(args.base, args.data_dir)
     base = base.to(device)
-    options = memory_sizes(base.config.n_embd) if args.method == "midus" else {}
-    for name in PLACEMENT + MEMORY:
-        if name in args:
-            options[name] = getattr(args, name)
     torch.manual_seed(args.seed)
-    deeper = upscale(base, args.method, **options)
+    deeper = upscale(base, args.method, **given_options(args))
     print(f"{args.method} on {args.base}, device {device}")
     print(summary(base, deeper))
 
@@ -350,10 +336,9 @@ def main() -> None:
 
     # The new model goes by its base's tokenizer and data.
     about = {name: info[name] for name in ("tokenizer", "dataset", "data_dir") if name in info}
-    save_checkpoint(args.out, deeper, method=args.method, base=args.base, **about)
-    print(
-        f"wrote {args.out}; train what is new in it: python train.py --base {args.out} --train new"
-    )
+    save_checkpoint(args.out, deeper, **about)
+    way = f"python train.py --base {args.out} --train new"
+    print(f"wrote {args.out}; train what is new in it: {way}")
 
 
 if __name__ == "__main__":
