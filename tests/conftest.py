@@ -1,14 +1,19 @@
-"""Paths: tests run from anywhere.
+"""What several test files share: small texts, small runs, a server on this machine.
 
-../shared holds real text and GPT-2's vocabulary where it is present.
+Tests run from anywhere. ../shared holds real text and GPT-2's vocabulary where it is present.
 """
 
+import argparse
+import http.server
 import importlib
 import os
+import platform
 import shutil
 import socket
 import sys
+import threading
 from pathlib import Path
+from pydoc_data.topics import topics
 
 import pytest
 
@@ -18,19 +23,19 @@ sys.path[:0] = [str(ROOT), str(ROOT / "experiments")]
 if (SHARED / "tiktoken_cache").is_dir():
     os.environ.setdefault("TIKTOKEN_CACHE_DIR", str(SHARED / "tiktoken_cache"))
 
+# A run of a second: a base of two blocks, and a memory block between them. Every step reads 64
+# tokens.
+SIZES = "--n_layer 2 --n_head 2 --n_embd 32 --block_size 16 --batch_size 4".split()
+TINY = [*SIZES, "--base_tokens", "2e3"]
+MIDUS = "--upscale midus --n_keys 6 --top_k 3 --d_latent 8".split()
+
+WITH_A_DEVICE = ("train.py", "eval.py", "upscale.py", "compare.py", "analyze.py")
+
 
 def pytest_addoption(parser):
     parser.addoption(
         "--long", action="store_true", help="more tries of every fault, and a soak (some minutes)"
     )
-
-
-def pytest_configure(config):
-    # As in hml.py: pytest drops that.
-    config.addinivalue_line("filterwarnings", "ignore:Sparse CSR tensor support")
-
-
-WITH_A_DEVICE = ("train.py", "eval.py", "upscale.py", "compare.py", "analyze.py", "conventions.py")
 
 
 def call(monkeypatch, script, *arguments):
@@ -49,6 +54,19 @@ def call(monkeypatch, script, *arguments):
     except SystemExit as end:
         return end.code
     return 0
+
+
+def same_weights(a, b):
+    """Whether two models hold the same bits."""
+    import torch
+
+    pairs = zip(a.state_dict().values(), b.state_dict().values(), strict=True)
+    return all(torch.equal(x, y) for x, y in pairs)
+
+
+def leftovers(folder):
+    """Files that are being written, or were when their process was killed."""
+    return [name for name in os.listdir(folder) if name.endswith(".tmp")]
 
 
 @pytest.fixture(autouse=True)
@@ -75,9 +93,32 @@ def root():
     return ROOT
 
 
+# ---- Texts ---------------------------------------------------------------------------------------
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    """An empty working folder. In ./data: pydocs and pycode, but little of them.
+
+    What train.py finds there it does not build.
+    """
+    prose = "\n".join(topics[name] for name in sorted(topics))
+    code = Path(argparse.__file__).read_text(encoding="utf-8")
+    parts = {
+        "train": slice(0, 30_000),
+        "valid": slice(30_000, 31_500),
+        "test": slice(31_500, 33_000),
+    }
+    for name, text in (("pydocs", prose), ("pycode", code)):
+        folder = tmp_path / "data" / f"{name}-{platform.python_version()}"
+        folder.mkdir(parents=True)
+        for split, part in parts.items():
+            (folder / f"wiki.{split}.txt").write_text(text[part], encoding="utf-8")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
 @pytest.fixture(scope="session")
 def pydocs(tmp_path_factory):
-    """A data folder in which pydocs is built and tokenized, since that takes seconds."""
+    """A data folder with the whole of pydocs, tokenized, and of pycode: that takes seconds."""
     from data import load_dataset
 
     folder = tmp_path_factory.mktemp("pydocs")
@@ -104,9 +145,58 @@ def gpt2_vocabulary():
         pytest.skip("needs GPT-2's vocabulary; set TIKTOKEN_CACHE_DIR")
 
 
+# ---- A server ------------------------------------------------------------------------------------
+CONTENT = bytes(range(256)) * 4000
+
+
+@pytest.fixture
+def server():
+    """Serves server.pages at server.url; /file is CONTENT.
+
+    Others: /moved redirects to /file; /picky refuses Python's own agent; /wrong is as long; /short
+    hangs up half-way; /stall waits there; a number is the status of an error.
+    """
+    release = threading.Event()
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            name = self.path.strip("/")
+            if name.isdigit() or name == "picky" and "Python" in self.headers["User-Agent"]:
+                return self.send_error(int(name) if name.isdigit() else 403)
+            if name == "moved":
+                self.send_response(302)
+                self.send_header("Location", "/file")
+                return self.end_headers()
+            half = CONTENT[: len(CONTENT) // 2]
+            body = {"picky": CONTENT, "wrong": b"x" * len(CONTENT), "short": half, "stall": half}
+            body = body.get(name) or self.server.pages.get(name)
+            if body is None:
+                return self.send_error(404)
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(CONTENT if body is half else body)))
+            self.end_headers()
+            self.wfile.write(body)
+            self.wfile.flush()
+            if name == "stall":
+                release.wait(20)
+
+        def log_message(self, *args):
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as httpd:
+        httpd.daemon_threads = True
+        httpd.pages = {"file": CONTENT}
+        httpd.url = f"http://127.0.0.1:{httpd.server_port}/"
+        threading.Thread(target=httpd.serve_forever, args=(0.01,), daemon=True).start()
+        yield httpd
+        release.set()
+        httpd.shutdown()
+
+
+# ---- For the experiments -------------------------------------------------------------------------
 @pytest.fixture
 def base():
-    """A base for the experiments, of four blocks that all have something to say."""
+    """A base of four blocks that all have something to say."""
     import torch
 
     from model import GPT, GPTConfig

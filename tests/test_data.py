@@ -1,9 +1,11 @@
-"""Data: downloads from a local server, tokenizers, caches, batches."""
+"""Text, tokenizers, caches, batches."""
 
 import hashlib
 import os
-import subprocess
-import sys
+import platform
+import resource
+import signal
+import threading
 import zipfile
 
 import numpy as np
@@ -12,193 +14,315 @@ import tiktoken
 import torch
 
 import data
-import test_common
-from conftest import ROOT
-from data import encode, get_batch, load_dataset, load_tokenizer, vocab_size
-from test_common import server  # noqa: F401 (a fixture)
+from data import SPLITS, encode, get_batch, load_dataset, load_tokenizer, vocab_size
+
+TEST = ("test",)
 
 
-def test_wikitext_from_a_zip(server, tmp_path, monkeypatch):
-    """The whole way of a download: addresses in order, size and sha256, members by name, tokens."""
-    monkeypatch.chdir(tmp_path)
-    text = {split: f" \n = {split} = \n \n Some words here . \n" for split in data.SPLITS}
-    with zipfile.ZipFile("made.zip", "w") as archive:
-        for split in data.SPLITS:
+def words_of(split):
+    """The text that a split of bytes was made from."""
+    return bytes(split.tokens.astype(np.uint8)).decode()
+
+
+# ---- Downloads -----------------------------------------------------------------------------------
+def test_wikitext_comes_from_a_zip(server, tmp_path, monkeypatch):
+    """The whole way of a download: addresses in order, the sha256, members by name, tokens."""
+    text = {split: f" \n = {split} = \n \n Some words here . \n" for split in SPLITS}
+    with zipfile.ZipFile(tmp_path / "made.zip", "w") as archive:
+        for split in SPLITS:
             archive.writestr(f"wikitext-2/wiki.{split}.tokens", text[split])
-    made = (tmp_path / "made.zip").read_bytes()
-    monkeypatch.setattr(test_common, "CONTENT", made)
-    entry = data.WIKITEXT["wikitext2"]._replace(
-        urls=[server + "missing", server + "good"],
-        size=len(made),
-        sha256=hashlib.sha256(made).hexdigest(),
-    )
+    server.pages["made.zip"] = (tmp_path / "made.zip").read_bytes()
+    sha256 = hashlib.sha256(server.pages["made.zip"]).hexdigest()
+    urls = [server.url + "missing", server.url + "made.zip"]
+    entry = data.WIKITEXT["wikitext2"]._replace(urls=urls, sha256=sha256)
     monkeypatch.setitem(data.WIKITEXT, "wikitext2", entry)
-    splits = load_dataset("wikitext2", "bytes", "data")
-    for split, part in splits.items():
-        assert bytes(part.tokens.astype(np.uint8)).decode() == text[split]
-        assert part.words == sum(len(line.split()) + 1 for line in text[split].split("\n")[:-1])
-        assert part.bytes == len(text[split])
-
-
-def test_gpt2_by_name(server, tmp_path, monkeypatch):
-    """The whole way of GPT-2's weights, with a small file in their layout."""
-    import model
-    from test_model import openai_layout
-
-    torch.manual_seed(0)
-    original = model.GPT(model.GPTConfig(1, 1, 64, block_size=4, vocab_size=10))
-    torch.save(openai_layout(original, False), tmp_path / "made.bin")
-    made = (tmp_path / "made.bin").read_bytes()
-    monkeypatch.setattr(test_common, "CONTENT", made)
-    monkeypatch.setattr(model, "GPT2_URL", server + "good?{}")
-    with pytest.raises(
-        OSError, match="A file of your own .* can be named.*its sha256 is .*, expected 7c5d3f4b"
-    ):
-        model.open_model("gpt2", str(tmp_path / "data"))
-    monkeypatch.setitem(model.GPT2_SHA256, "gpt2", hashlib.sha256(made).hexdigest())
-    loaded, _ = model.open_model("gpt2", str(tmp_path / "data"))
-    tokens = torch.randint(0, 10, (1, 4))
-    assert torch.equal(loaded(tokens), original(tokens))
+    splits = load_dataset("wikitext2", "bytes", str(tmp_path / "data"))
+    assert {split: words_of(part) for split, part in splits.items()} == text
 
 
 def test_without_network_and_files_one_sentence_says_what_to_do(tmp_path, monkeypatch):
     entry = data.WIKITEXT["wikitext103"]._replace(urls=["http://127.0.0.1:9/x.zip"])
     monkeypatch.setitem(data.WIKITEXT, "wikitext103", entry)
-    with pytest.raises(
-        OSError, match="put wiki.train.raw, .* into .*--dataset pydocs, which needs no download"
-    ):
+    sentence = "put wiki.train.raw, .* into .*--dataset pycode, which needs no download"
+    with pytest.raises(OSError, match=sentence):
         load_dataset("wikitext103", "bytes", str(tmp_path))
 
 
-# Tokenizers
+def test_what_is_at_hand_needs_no_download(tmp_path):
+    folder = str(tmp_path)
+    assert [data.is_at_hand(name, folder) for name in ("pydocs", "pycode", "text")] == [True] * 3
+    assert not data.is_at_hand("wikitext103", folder)
+    for name, file in (("wikitext103", "wiki.valid.raw"), ("wikitext2", "wikitext-2-v1.zip")):
+        (tmp_path / file).write_bytes(b"")
+        assert data.is_at_hand(name, folder)
 
 
-def test_vocabulary_sizes():
-    assert [vocab_size(name) for name in ("bytes", "gpt2", "gpt2:4096", "gpt2:256")] == [
-        257,
-        50257,
-        4097,
-        257,
-    ]
+# ---- Tokenizers ----------------------------------------------------------------------------------
+def test_vocabulary_sizes_and_names():
+    names = ("bytes", "gpt2", "gpt2:4096", "gpt2:256")
+    assert [vocab_size(name) for name in names] == [257, 50257, 4097, 257]
     for name in ("gpt3", "gpt2:255", "gpt2:50257", "gpt2:", "gpt2:x", ""):
         with pytest.raises(ValueError, match="tokenizer must be"):
             vocab_size(name)
 
 
-def test_bytes_tokenizer():
+def test_a_tokenizer_must_fit_its_model():
+    data.check_vocabulary("bytes", 257)
+    with pytest.raises(ValueError, match="fewer tokens than its tokenizer: bytes has 257"):
+        data.check_vocabulary("bytes", 256)
+
+
+def test_bytes_are_tokens():
     tokenizer = load_tokenizer("bytes")
     text = "naïve \n\n tabs\t<|endoftext|>"
     assert tokenizer.encode_ordinary(text) == list(text.encode())
     assert tokenizer.eot_token == 256 and tokenizer.n_vocab == 257
 
 
-def test_small_gpt2_vocabularies(gpt2_vocabulary):
+def test_a_small_gpt2_vocabulary_reads_every_text(gpt2_vocabulary):
     whole, small = load_tokenizer("gpt2"), load_tokenizer("gpt2:4096")
-    text = (
-        "Depth up-scaling inserts memory blocks; it's not the same as stacking. 数据 <|endoftext|>"
-    )
+    text = "Depth up-scaling; it's not stacking. 数据 <|endoftext|>"
     assert whole.encode_ordinary(text) == tiktoken.get_encoding("gpt2").encode_ordinary(text)
     ids = small.encode_ordinary(text)
-    assert (
-        max(ids) < 4096
-        and small.decode(ids) == text
-        and len(ids) > len(whole.encode_ordinary(text))
-    )
+    assert max(ids) < 4096 and small.decode(ids) == text
+    assert len(ids) > len(whole.encode_ordinary(text))
     assert small.eot_token == 4096 and small.n_vocab == 4097 and whole.eot_token == 50256
 
 
-def test_missing_vocabulary_names_the_variable(monkeypatch):
+def test_a_missing_vocabulary_names_the_variable(monkeypatch):
     def fail(name):
         raise ConnectionError("no route")
 
+    load_tokenizer.cache_clear()
     monkeypatch.setattr(tiktoken, "get_encoding", fail)
     with pytest.raises(OSError, match="set TIKTOKEN_CACHE_DIR"):
         load_tokenizer("gpt2")
 
 
-def test_encoding_in_pieces_equals_encoding_at_once(gpt2_vocabulary, monkeypatch):
+def test_encoding_in_pieces_equals_encoding_at_once(gpt2_vocabulary):
     tokenizer = load_tokenizer("gpt2:4096")
-    generator = np.random.default_rng(0)
-    letters = list("ab1.' \n\té中") + [" ", "  ", " \n", "'s", "word", " =", "..."]
-    text = "".join(generator.choice(letters, size=600_000))
+    letters = [*"ab1.' \n\té中", " ", "  ", " \n", "'s", "word", " =", "..."]
+    text = "".join(np.random.default_rng(0).choice(letters, size=400_000))
     assert encode(text, tokenizer, "").tolist() == tokenizer.encode_ordinary(text)
-    assert encode("", tokenizer, "").tolist() == []
 
 
-# Data sets
+# ---- Python's own library ------------------------------------------------------------------------
+@pytest.fixture
+def library(tmp_path, monkeypatch):
+    """A standard library of sixty small modules, and what is special in a real one."""
+    folder = tmp_path / "library"
+    files = {f"package/module{i}.py": f'"""Prose {i}."""\n# Comment {i}\n' for i in range(60)}
+    files["nested.py"] = (
+        '"""Prose of the module,\nover two lines."""\n\nclass A:\n    """Prose of A."""\n\n'
+        '    def f(self):\n        """Prose of f."""\n        return "kept"  # why\n'
+    )
+    files["broken.py"] = "def {{ template }}"
+    files["latin.py"] = b"# coding: latin-1\nname = '\xe9'\n"
+    files["encodings/table.py"] = '"""Prose of a table."""\ntable = 1\n'
+    files["pydoc_data/topics.py"] = "topics = 2\n"
+    files["test/test_x.py"] = '"""Prose of a test."""\ntest = 3\n'
+    for name, content in files.items():
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    monkeypatch.setattr(data.sysconfig, "get_paths", lambda: {"stdlib": str(folder)})
+    monkeypatch.setattr(data, "topics", {f"t{i}": f"Topic {i}." for i in range(60)})
+    return folder
 
 
+def built(folder):
+    """The texts of both data sets, by name and split."""
+    data.build_library(str(folder), "x")
+    names = ("pydocs", "pycode")
+    paths = {
+        (name, split): folder / f"{name}-x" / f"wiki.{split}.txt"
+        for name in names
+        for split in SPLITS
+    }
+    return {key: path.read_text(encoding="utf-8") for key, path in paths.items()}
+
+
+def test_docstrings_are_prose_and_all_else_is_code(library, tmp_path):
+    texts = built(tmp_path)
+    prose = "".join(texts["pydocs", split] for split in SPLITS)
+    code = "".join(texts["pycode", split] for split in SPLITS)
+    assert "Prose of the module,\nover two lines.\n\nProse of A.\n\nProse of f." in prose
+    assert 'class A:\n\n    def f(self):\n        return "kept"  # why' in code
+    assert "Prose" not in code and "Topic" not in code
+    assert "Comment" not in prose and "kept" not in prose
+
+
+def test_what_is_no_code_to_learn_from_is_left_out(library, tmp_path):
+    """Tables of encodings, the reference itself, tests, templates that are no Python."""
+    texts = built(tmp_path)
+    everything = "".join(texts.values())
+    for left_out in ("table = 1", "topics = 2", "test = 3", "Prose of a test", "template"):
+        assert left_out not in everything
+    assert "Prose of a table." in everything  # pydocs had it before
+
+
+def test_prose_and_code_of_a_module_are_in_the_same_split(library, tmp_path):
+    texts = built(tmp_path)
+    for i in range(60):
+        of_prose = [split for split in SPLITS if f"Prose {i}." in texts["pydocs", split]]
+        of_code = [split for split in SPLITS if f"# Comment {i}\n" in texts["pycode", split]]
+        assert of_prose == of_code and len(of_code) == 1
+    assert all("Comment" in texts["pycode", split] for split in SPLITS)
+
+
+def test_the_same_library_gives_the_same_texts(library, tmp_path, monkeypatch):
+    """Whatever the order in which a folder lists its files."""
+    first = built(tmp_path / "a")
+    walk = os.walk
+
+    def backwards(folder):
+        for directory, names, files in walk(folder):
+            names.reverse()
+            yield directory, names, files[::-1]
+
+    monkeypatch.setattr(os, "walk", backwards)
+    assert built(tmp_path / "b") == first
+
+
+def test_two_that_begin_at_once_in_one_folder_both_work(library, tmp_path):
+    """Both find nothing, both make everything, and neither stumbles over the other's files."""
+    ready = threading.Barrier(2)
+    lengths = []
+
+    def begin():
+        ready.wait()
+        lengths.append(len(load_dataset("pycode", "bytes", str(tmp_path / "data"))["train"].tokens))
+
+    both = [threading.Thread(target=begin) for _ in range(2)]
+    for thread in both:
+        thread.start()
+    for thread in both:
+        thread.join()
+    assert len(lengths) == 2 and lengths[0] == lengths[1]
+    assert not list(tmp_path.rglob("*.tmp"))
+
+
+def test_the_real_library_is_large_enough(pydocs):
+    splits = load_dataset("pydocs", "bytes", str(pydocs))
+    assert len(splits["train"].tokens) > 1_500_000
+    assert all(len(splits[split].tokens) > 40_000 for split in ("valid", "test"))
+    code = pydocs / f"pycode-{platform.python_version()}"
+    assert (code / "wiki.train.txt").stat().st_size > 4_000_000
+    assert all((code / f"wiki.{split}.txt").stat().st_size > 150_000 for split in ("valid", "test"))
+
+
+# ---- Text and tokens -----------------------------------------------------------------------------
 def test_the_real_wikitext2(wikitext2, gpt2_vocabulary):
-    splits = load_dataset("wikitext2", "gpt2:4096", str(wikitext2), ("valid", "test"))
-    assert (splits["valid"].words, splits["test"].words) == (217_646, 245_569)
+    splits = load_dataset("wikitext2", "gpt2:4096", str(wikitext2), ("valid",))
     text = (wikitext2 / "wiki.valid.tokens").read_text(encoding="utf-8")
     assert splits["valid"].tokens.tolist() == load_tokenizer("gpt2:4096").encode_ordinary(text)
-    assert (
-        len(load_dataset("wikitext2", "gpt2", str(wikitext2), ("test",))["test"].tokens) == 295_877
-    )
+    tokens = load_dataset("wikitext2", "gpt2", str(wikitext2), TEST)["test"].tokens
+    assert len(tokens) == 295_877
 
 
-def test_a_changed_source_or_tokenizer_never_meets_a_stale_cache(tmp_path):
-    file = tmp_path / "wiki.test.tokens"
+@pytest.mark.parametrize(
+    "content, text",
+    [
+        (b"one line\n", "one line\n"),
+        (b"no end of line", "no end of line"),
+        (b"a\r\nb\r\n", "a\nb\n"),
+        (b"\xef\xbb\xbfmarked\n", "marked\n"),
+        ("naïve – Ω\n".encode(), "naïve – Ω\n"),
+    ],
+)
+def test_text_in_odd_forms_is_read(tmp_path, content, text):
+    (tmp_path / "wiki.test.tokens").write_bytes(content)
+    assert words_of(load_dataset("wikitext2", "bytes", str(tmp_path), TEST)["test"]) == text
+
+
+@pytest.mark.parametrize(
+    "content, sentence",
+    [
+        (b"", "is empty"),
+        (b"\n \n", "is empty"),
+        (b"\xff\xfe\x00", "as UTF-8"),
+        (b"caf\xe9 con leche", "as UTF-8"),
+    ],
+)
+def test_text_that_is_none_is_refused(tmp_path, content, sentence):
+    (tmp_path / "wiki.test.tokens").write_bytes(content)
+    with pytest.raises(ValueError, match=f"wiki.test.tokens.*{sentence}"):
+        load_dataset("wikitext2", "bytes", str(tmp_path), TEST)
+    assert os.listdir(tmp_path) == ["wiki.test.tokens"]
+
+
+@pytest.mark.parametrize("name, sentence", [("text", "there is no"), ("imagenet", "dataset must")])
+def test_a_text_that_is_not_there_is_refused(tmp_path, name, sentence):
+    with pytest.raises(ValueError, match=sentence):
+        load_dataset(name, "bytes", str(tmp_path))
+
+
+def test_a_changed_text_or_tokenizer_never_meets_a_stale_cache(tmp_path):
+    """Nor the same identity, which a resume compares."""
+    identities = set()
     for text in ("one two\n", "one too\n"):
-        file.write_text(text)
-        tokens = load_dataset("wikitext2", "bytes", str(tmp_path), ("test",))["test"].tokens
-        assert bytes(tokens.astype(np.uint8)).decode() == text
-    assert len([name for name in os.listdir(tmp_path) if name.endswith(".bin")]) == 2
+        (tmp_path / "test.txt").write_text(text)
+        split = load_dataset("text", "bytes", str(tmp_path), TEST)["test"]
+        identities.add(split.identity)
+        assert words_of(split) == text
+    assert len(identities) == len(list(tmp_path.glob("*.npy"))) == 2
 
 
-def test_text_that_is_not_utf8_is_refused(tmp_path):
-    (tmp_path / "wiki.test.tokens").write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(ValueError, match="wiki.test.tokens does not hold a split as UTF-8 text"):
-        load_dataset("wikitext2", "bytes", str(tmp_path), ("test",))
+@pytest.mark.parametrize("damage", ["shorter", "unknown token", "no array", "empty"])
+def test_a_damaged_cache_is_refused(tmp_path, damage):
+    (tmp_path / "test.txt").write_bytes(b"some words\n" * 20)
+    load_dataset("text", "bytes", str(tmp_path), TEST)
+    (cache,) = tmp_path.glob("*.npy")
+    good = cache.read_bytes()
+    bad = {"shorter": good[:-3], "unknown token": good[:-2] + b"\x01\x02", "no array": b"x" * 99}
+    cache.write_bytes(bad.get(damage, b""))
+    with pytest.raises(ValueError, match=f"{cache.name} is damaged; delete it"):
+        load_dataset("text", "bytes", str(tmp_path), TEST)
 
 
-def test_two_that_begin_at_once_in_one_folder_both_work(tmp_path):
-    """Both find nothing, both make everything, and neither stumbles over the other's files."""
-    code = "import data, sys; data.load_dataset('pydocs', 'bytes', sys.argv[1])"
-    start = [sys.executable, "-c", code, str(tmp_path)]
-    both = [subprocess.Popen(start, cwd=ROOT, stderr=subprocess.PIPE) for _ in range(2)]
-    errors = [process.communicate()[1] for process in both]
-    assert [process.returncode for process in both] == [0, 0], errors
-    assert not [path for path in tmp_path.rglob("*.tmp")]
+def test_a_full_disk_while_text_is_tokenized(tmp_path):
+    """A limit on the size of files stands for the disk."""
+    (tmp_path / "test.txt").write_bytes(b"some words\n" * 200)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    try:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
+        with pytest.raises(OSError, match="could not write .*text-test-bytes.*: "):
+            load_dataset("text", "bytes", str(tmp_path), TEST)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        signal.signal(signal.SIGXFSZ, handler)
+    assert os.listdir(tmp_path) == ["test.txt"]
+    assert len(load_dataset("text", "bytes", str(tmp_path), TEST)["test"].tokens) == 2200
 
 
-def test_pydocs(pydocs, tmp_path):
-    first = load_dataset("pydocs", "bytes", str(pydocs))
-    assert 1_500_000 < len(first["train"].tokens) and all(
-        len(first[s].tokens) > 40_000 for s in ("valid", "test")
-    )
-    data.build_pydocs(str(tmp_path))  # again, from nothing: the same text
-    again = (tmp_path / "wiki.valid.txt").read_bytes()
-    assert bytes(first["valid"].tokens.astype(np.uint8)) == again
-
-
-# Batches
-
-
-def test_batches_depend_on_index_and_seed_alone_and_an_epoch_reads_every_window_once():
+# ---- Batches -------------------------------------------------------------------------------------
+def test_a_batch_depends_on_its_index_and_the_seed_alone():
     tokens = np.arange(1001, dtype=np.uint16)
     x, y = get_batch(tokens, 3, 4, 10, seed=1)
     assert x.shape == y.shape == (4, 10) and x.dtype == torch.int64
     assert torch.equal(y, x + 1)
-    again = get_batch(tokens, 3, 4, 10, seed=1)[0]
-    assert torch.equal(x, again) and not torch.equal(x, get_batch(tokens, 3, 4, 10, seed=2)[0])
-    both = (
-        get_batch(tokens, 0, 8, 10, seed=1)[0],
-        torch.cat([get_batch(tokens, i, 4, 10, seed=1)[0] for i in (0, 1)]),
-    )
-    assert torch.equal(*both)
+    assert torch.equal(x, get_batch(tokens, 3, 4, 10, seed=1)[0])
+    assert not torch.equal(x, get_batch(tokens, 3, 4, 10, seed=2)[0])
+    halves = [get_batch(tokens, i, 4, 10, seed=1)[0] for i in (0, 1)]
+    assert torch.equal(get_batch(tokens, 0, 8, 10, seed=1)[0], torch.cat(halves))
+
+
+def test_an_epoch_reads_every_window_once():
+    tokens = np.arange(1001, dtype=np.uint16)
     windows = 1000 // 10 - 1
+    offsets = []
     for epoch in range(2):
-        starts = {
-            get_batch(tokens, epoch * windows + i, 1, 10, 0)[0][0, 0].item() for i in range(windows)
-        }
-        assert len(starts) == windows and len({start % 10 for start in starts}) == 1
+        numbers = range(epoch * windows, (epoch + 1) * windows)
+        starts = {get_batch(tokens, i, 1, 10, 0)[0][0, 0].item() for i in numbers}
+        offset = {start % 10 for start in starts}
+        assert len(starts) == windows and len(offset) == 1
+        offsets += offset
+    assert offsets[0] != offsets[1]  # each epoch cuts at other places
 
 
 def test_a_split_that_is_too_short_is_refused():
-    with pytest.raises(
-        ValueError, match="20 tokens are too few for a batch of 1 sequences of 10, which needs 21"
-    ):
+    sentence = "20 tokens are too few for a batch of 1 sequences of 10, which needs 21"
+    with pytest.raises(ValueError, match=sentence):
         get_batch(np.zeros(20, dtype=np.uint16), 0, 1, 10, 0)
     get_batch(np.zeros(21, dtype=np.uint16), 0, 1, 10, 0)
