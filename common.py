@@ -363,6 +363,8 @@ def exit_status(error: BaseException) -> int | None:
     """
     if isinstance(error, ValueError | argparse.ArgumentTypeError):
         return 2
+    if isinstance(error, RuntimeError) and "size calculation overflowed" in str(error):
+        return 2  # sizes that no machine has
     if isinstance(error, OSError | ArithmeticError | MemoryError):
         return 1
     if isinstance(error, RuntimeError) and any(words in str(error) for words in FAULTS):

@@ -473,8 +473,10 @@ def resume(args: Namespace) -> tuple[GPT, Namespace, dict]:
     # A flag may repeat what the checkpoint says; it may not say something else.
     model, settings, progress = open_run(args.out)
     given = {name: value for name, value in vars(args).items() if value is not None}
+    known = dict.fromkeys(given_options(args)) | vars(model.config)
+    known |= vars(settings) | settings.options
     for name, value in given.items():
-        begun_with = getattr(settings, name, settings.options.get(name, value))
+        begun_with = known.get(name, value)
         if name in OF_THE_MACHINE:
             setattr(settings, name, value)
         elif value != begun_with:
