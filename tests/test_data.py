@@ -3,8 +3,6 @@
 import hashlib
 import os
 import platform
-import resource
-import signal
 import threading
 import zipfile
 
@@ -14,6 +12,7 @@ import tiktoken
 import torch
 
 import data
+from conftest import full_disk
 from data import SPLITS, encode, get_batch, load_dataset, load_tokenizer, vocab_size
 
 TEST = ("test",)
@@ -281,17 +280,9 @@ def test_a_damaged_cache_is_refused(tmp_path, damage):
 
 
 def test_a_full_disk_while_text_is_tokenized(tmp_path):
-    """A limit on the size of files stands for the disk."""
     (tmp_path / "test.txt").write_bytes(b"some words\n" * 200)
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
-    try:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
-        with pytest.raises(OSError, match="could not write .*text-test-bytes.*: "):
-            load_dataset("text", "bytes", str(tmp_path), TEST)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-        signal.signal(signal.SIGXFSZ, handler)
+    with full_disk(1000), pytest.raises(OSError, match="could not write .*text-test-bytes.*: "):
+        load_dataset("text", "bytes", str(tmp_path), TEST)
     assert os.listdir(tmp_path) == ["test.txt"]
     assert len(load_dataset("text", "bytes", str(tmp_path), TEST)["test"].tokens) == 2200
 

@@ -2,16 +2,19 @@
 
 import json
 import math
+import os
 
 import numpy as np
 import pytest
 import torch
 
-from conftest import call
-from data import Split
-from eval import count_usage, evaluate, sum_nll, usage
+import data
+import eval as module
+from conftest import call, same_weights
+from eval import base_of, continue_text, count_usage, evaluate, perplexity, sum_nll, usage
 from model import GPT, GPTConfig, save_checkpoint
-from test_model import CONFIG, wake
+from test_model import CONFIG, MEMORY, wake
+from upscale import upscale
 
 
 class Bigram(torch.nn.Module):
@@ -26,10 +29,21 @@ class Bigram(torch.nn.Module):
         return self.wte(tokens)
 
 
+@pytest.fixture
+def model():
+    torch.manual_seed(0)
+    return wake(GPT(CONFIG))
+
+
+def some_tokens(length, vocab_size=50):
+    return np.random.default_rng(0).integers(0, vocab_size, length).astype(np.uint16)
+
+
+# ---- Perplexity ----------------------------------------------------------------------------------
 @pytest.mark.parametrize("length", [2, 3, 8, 9, 10, 100, 101, 203])
-def test_every_token_after_the_first_is_scored_once_whatever_the_stride(length):
+def test_every_token_after_the_first_counts_once_whatever_the_stride(length):
     logits = torch.randn(7, 7)
-    tokens = np.random.default_rng(0).integers(0, 7, length).astype(np.uint16)
+    tokens = some_tokens(length, 7)
     logprob = logits.double().log_softmax(-1)
     by_hand = -sum(logprob[a, b].item() for a, b in zip(tokens[:-1].tolist(), tokens[1:].tolist()))
     for stride in range(1, 9):
@@ -39,11 +53,11 @@ def test_every_token_after_the_first_is_scored_once_whatever_the_stride(length):
 
 def test_a_uniform_model_has_the_vocabulary_as_perplexity():
     nll, count = sum_nll(Bigram(torch.zeros(50, 50), 16), np.arange(40, dtype=np.uint16))
-    assert math.exp(nll / count) == pytest.approx(50)
+    assert perplexity(nll, count) == pytest.approx(50)
 
 
-def test_overlap_by_hand():
-    """Window 4, stride 2, 8 tokens: which tokens each target may see."""
+def test_the_context_of_overlapping_windows_by_hand():
+    """Window 4, stride 2, 8 tokens: how many tokens each target may see."""
     seen = {}
 
     class Watching(Bigram):
@@ -54,86 +68,80 @@ def test_overlap_by_hand():
             return super().forward(tokens)
 
     sum_nll(Watching(torch.zeros(10, 10), 4), np.arange(8, dtype=np.uint16), stride=2)
-    assert seen == {
-        1: 1,
-        2: 2,
-        3: 3,
-        4: 4,
-        5: 3,
-        6: 4,
-        7: 4,
-    }  # target: the longest context it was given
+    assert seen == {1: 1, 2: 2, 3: 3, 4: 4, 5: 3, 6: 4, 7: 4}
 
 
-def test_windows_are_scored_as_in_a_plain_loop():
-    torch.manual_seed(0)
-    model, tokens = (
-        wake(GPT(CONFIG)),
-        np.random.default_rng(0).integers(0, 50, 70).astype(np.uint16),
-    )
-    for stride in (12, 5):
-        total, done, start = 0.0, 0, 0
-        while done < 69:
-            piece = torch.from_numpy(tokens[start : start + 13].astype(np.int64))[None]
-            logprob = model(piece[:, :-1]).log_softmax(-1)[0].gather(-1, piece[0, 1:, None])
-            new = start + piece.size(1) - 1 - done
-            total -= logprob[-new:].double().sum().item()
-            done, start = (
-                done + new,
-                min(start + stride, 69 - 12),
-            )  # the last window ends with the text
-        assert sum_nll(model, tokens, stride)[0] == pytest.approx(total, rel=1e-6)
+@pytest.mark.parametrize("stride", [12, 5])
+def test_windows_are_scored_as_in_a_plain_loop(model, stride):
+    """However many go at once."""
+    tokens = some_tokens(70)
+    total, done, start = 0.0, 0, 0
+    while done < 69:
+        piece = torch.from_numpy(tokens[start : start + 13].astype(np.int64))[None]
+        logprob = model(piece[:, :-1]).log_softmax(-1)[0].gather(-1, piece[0, 1:, None])
+        new = start + piece.size(1) - 1 - done
+        total -= logprob[-new:].double().sum().item()
+        done += new
+        start = min(start + stride, 69 - 12)  # the last window ends with the text
+    for at_once in (None, 1, 2, 7, 100):
+        assert sum_nll(model, tokens, stride, at_once=at_once)[0] == pytest.approx(total, rel=1e-6)
 
 
-def test_how_many_windows_go_at_once_changes_nothing_but_rounding():
-    torch.manual_seed(0)
-    model, tokens = (
-        wake(GPT(CONFIG)),
-        np.random.default_rng(0).integers(0, 50, 200).astype(np.uint16),
-    )
-    one = sum_nll(model, tokens, 5, at_once=1)[0]
-    for windows in (2, 7, 100):
-        assert sum_nll(model, tokens, 5, at_once=windows)[0] == pytest.approx(one, rel=1e-6)
-
-
-def test_refusals():
+def test_what_cannot_be_scored_is_refused():
     model = Bigram(torch.zeros(5, 5), 8)
     for stride in (0, 9):
         with pytest.raises(ValueError, match="stride must lie between 1 and the window, 8"):
             sum_nll(model, np.zeros(20, dtype=np.uint16), stride)
     with pytest.raises(ValueError, match="fewer than two tokens"):
         sum_nll(model, np.zeros(1, dtype=np.uint16))
+    for nll in (math.nan, math.inf, 1e5):
+        with pytest.raises(FloatingPointError, match="infinite or NaN"):
+            perplexity(nll, 100)
 
 
-def test_usage_against_plain_counts():
-    torch.manual_seed(0)
-    model = wake(GPT(CONFIG))
+def test_all_perplexities_follow_from_one_nll():
+    model = Bigram(torch.zeros(4, 4), 8)
+    text = "four by 4 words\n" * 4
+    report = evaluate(model, np.zeros(33, dtype=np.uint16), text, None, "")
+    assert (report["tokens"], report["words"], report["bytes"]) == (32, 20, 64)
+    assert report["token_perplexity"] == pytest.approx(4)  # 32 tokens at ln 4 each
+    assert report["word_perplexity"] == pytest.approx(4 ** (32 / 20))
+    assert report["bits_per_byte"] == pytest.approx(1.0)
+
+
+def test_words_are_counted_with_one_end_of_line_for_each_line():
+    assert module.count_words("a b\n\nc") == module.count_words("a b\n\nc\n") == 3 + 3
+
+
+def test_words_are_counted_as_wikitext_counts_them(wikitext2):
+    text = data.read_text(str(wikitext2 / "wiki.valid.tokens"), None)
+    assert module.count_words(text) == 217_646
+
+
+# ---- Use of the memory ---------------------------------------------------------------------------
+def test_usage_is_counted_as_by_hand(model):
     tokens = torch.randint(0, 50, (2, 12))
     reads = []
-    handle = model.h[4].memory.product_keys.register_forward_hook(
-        lambda module, inputs, out: reads.append(out)
-    )
+    keys = model.h[4].memory.product_keys
+    handle = keys.register_forward_hook(lambda module, inputs, out: reads.append(out))
     with count_usage(model) as counts, torch.no_grad():
         model(tokens)
     handle.remove()
     assert set(counts) == {1, 4}
     weights, slots = reads[0]
     for head in range(2):
-        used = slots[:, :, head].unique()
-        assert (counts[4]["topk"][head] > 0).nonzero().flatten().tolist() == used.tolist()
-        assert (
-            counts[4]["topk"][head].sum() == 2 * 12 * 3 and counts[4]["top1"][head].sum() == 2 * 12
-        )
-        total = sum(
-            weights[b, t, head, j].item()
-            for b in range(2)
-            for t in range(12)
-            for j in range(3)
-            if slots[b, t, head, j] == used[0]
-        )
-        assert counts[4]["weight"][head, used[0]].item() == pytest.approx(total, rel=1e-5)
+        of_head = {name: count[head] for name, count in counts[4].items()}
+        used = slots[:, :, head].unique().tolist()
+        assert of_head["topk"].nonzero().flatten().tolist() == used
+        assert of_head["topk"].sum() == 2 * 12 * 3 and of_head["top1"].sum() == 2 * 12
+        first = slots[:, :, head, 0].flatten().bincount(minlength=36)
+        assert torch.equal(of_head["top1"], first.double())
+        total = weights[:, :, head][slots[:, :, head] == used[0]].sum().item()
+        assert of_head["weight"][used[0]].item() == pytest.approx(total, rel=1e-5)
+
+    # The hooks are gone.
     with torch.no_grad():
-        model(tokens)  # the hooks are gone
+        model(tokens)
     assert counts[4]["top1"].sum() == 2 * 2 * 12
 
 
@@ -142,97 +150,176 @@ def test_usage_figures_of_extreme_cases():
     one[:, 3] = 5
     figures = usage({"top1": one, "topk": one, "weight": one.double()})
     assert figures == {"top1": 1 / 16, "topk": 1 / 16, "kl": pytest.approx(math.log(16))}
-    assert usage({"top1": one, "topk": every, "weight": every.double()}) == {
-        "top1": 1 / 16,
-        "topk": 1.0,
-        "kl": pytest.approx(0, abs=1e-12),
-    }
+    figures = usage({"top1": one, "topk": every, "weight": every.double()})
+    assert figures == {"top1": 1 / 16, "topk": 1.0, "kl": pytest.approx(0, abs=1e-12)}
 
 
-def test_perplexities_follow_from_one_nll():
-    model = Bigram(torch.zeros(4, 4), 8)
-    model.config = GPTConfig(1, 1, 2, 8, 4)
-    report = evaluate(model, Split(np.zeros(33, dtype=np.uint16), words=16, bytes=64, identity=""))
-    assert report["token_perplexity"] == pytest.approx(4)  # 32 tokens at ln 4 each
-    assert report["word_perplexity"] == pytest.approx(4**2)
-    assert report["bits_per_byte"] == pytest.approx(1.0)
-
-
-def test_the_command(tmp_path, monkeypatch, capsys):
+# ---- Its base, its words -------------------------------------------------------------------------
+@pytest.mark.parametrize("method", ["midus", "llama-pro"])
+def test_without_its_new_blocks_a_model_is_its_base(method):
     torch.manual_seed(0)
-    shape = dict(n_keys=6, top_k=3, d_latent=4, new=(1,))
-    model = wake(GPT(GPTConfig(3, 2, 16, 32, 257, "TMT", **shape)))
-    (tmp_path / "text").mkdir()
-    text = " \n = One = \n \n Some words . \n" * 20
-    (tmp_path / "text" / "wiki.test.tokens").write_text(text)
-    about = dict(tokenizer="bytes", dataset="wikitext2", data_dir=str(tmp_path / "text"))
-    save_checkpoint(str(tmp_path / "a.pt"), model, **about)
-
-    def run(*flags):
-        return call(monkeypatch, "eval.py", "a.pt", *flags), capsys.readouterr().out
-
-    monkeypatch.chdir(tmp_path)
-    status, out = run("--json", "figures.json")
-    assert status == 0
-    figures = json.loads((tmp_path / "figures.json").read_text())
-    for name, key in (("token-level", "token_perplexity"), ("word-level", "word_perplexity")):
-        line = next(line for line in out.splitlines() if line.startswith(name))
-        assert line.split()[2] == f"{figures[key]:.3f}"
-    assert "memory in block 2, of 36 slots:" in out and figures["usage"]["2"]["topk"] > 0
-    assert figures["tokens"] == len(text) - 1 and figures["words"] == 20 * (6 + 4)
-    status, out = run("--stride", "4")
-    assert status == 0 and "stride 4" in out
-    status, out = run("--prompt", "One", "--max_new_tokens", "5", "--temperature", "0")
-    assert status == 0 and "One" in out
-    for line in (
-        "--stride 33",
-        "--temperature -1",
-        "--json no/where.json",
-        "--json a.pt",
-        "--dataset x",
-        "--seed 1e30",
-    ):
-        assert run(*line.split())[0] == 2
+    base = GPT(GPTConfig(4, 2, 16, 12, 50))
+    deeper = upscale(base, method, **(MEMORY if method == "midus" else {}))
+    for i in deeper.config.new:
+        for parameter in deeper.h[i].parameters():
+            torch.nn.init.normal_(parameter)
+    assert same_weights(base_of(deeper), base)
+    assert base_of(deeper).wte is deeper.wte  # nothing is copied
+    tokens = torch.randint(0, 50, (2, 12))
+    assert torch.equal(base_of(deeper)(tokens), base(tokens))
 
 
-def test_samples_of_odd_models_and_temperatures(tmp_path, monkeypatch, capsys):
-    """A vocabulary larger than the tokenizer's; a temperature that no half type holds; NaN."""
-    monkeypatch.chdir(tmp_path)
-    model = GPT(GPTConfig(1, 1, 8, 32, 600))
-    with torch.no_grad():
-        model.wte.weight[257:] = 10 * model.wte.weight[257:]  # likely, and unknown to the tokenizer
-    save_checkpoint("large.pt", model, tokenizer="bytes")
-    for temperature in ("0", "1e-30", "1", "1e39"):
-        flags = ("--prompt", "One", "--max_new_tokens", "40", "--temperature", temperature)
-        assert call(monkeypatch, "eval.py", "large.pt", *flags) == 0
-        assert "One" in capsys.readouterr().out
+def test_samples_are_the_same_each_time_and_draw_no_random_numbers():
+    model = GPT(GPTConfig(1, 1, 8, 32, 600))  # more tokens than the tokenizer has
+    torch.manual_seed(7)
+    wanted = torch.rand(1)
+    torch.manual_seed(7)
+    for temperature in (0, 1e-30, 1, 1e39):
+        text = continue_text(model, "bytes", "One", 40, temperature)
+        assert text.startswith("One")
+        assert text == continue_text(model, "bytes", "One", 40, temperature)
+    assert continue_text(model, "bytes", "", 5) is not None
+    assert torch.equal(torch.rand(1), wanted)
 
+
+def test_the_verdict_says_what_was_learned_forgotten_and_added():
+    def row(new, old, added):
+        return {"new": new, "old": old, "added": added}
+
+    names = {"new": "pycode", "old": "pydocs"}
+    base = row(6.0, 4.0, 0)
+    text = module.verdict([base, row(6.0, 4.0, 9), row(4.5, 5.0, 1234)], names)
+    assert "Learned" in text and "-25%" in text and "Forgotten" in text and "+25%" in text
+    assert "1,234 parameters more" in text and "exactly the base" in text
+    text = module.verdict([base, row(7.0, 4.1, 9), row(6.6, 3.9, 1234)], names)
+    assert "Nothing was learned" in text and "+10%" in text and "--lr" in text
+    assert "Nothing was forgotten" in text and "exactly the base" not in text and "7.00" in text
+    text = module.verdict([base, row(5.0, 4.0, 0)], {"new": "pydocs"})
+    assert "orgotten" not in text and "more" not in text
+
+
+# ---- The command ---------------------------------------------------------------------------------
+@pytest.fixture
+def ckpt(here):
+    """A checkpoint whose new block alone was trained; it learned pycode and knew pydocs."""
+    torch.manual_seed(0)
+    base = GPT(GPTConfig(2, 2, 16, 32, 257))
+    model = wake(upscale(base, "midus", **MEMORY))
+    folder = str(here / "data")
+    about = dict(tokenizer="bytes", settings={"train": "new"})
+    texts = dict(dataset="pycode", data_dir=folder, old_dataset="pydocs", old_data_dir=folder)
+    save_checkpoint("base.pt", base, tokenizer="bytes", dataset="pycode", data_dir=folder)
+    save_checkpoint("ckpt.pt", model, **about, **texts)
+    return model, about | texts
+
+
+def figures_of(monkeypatch, *flags):
+    if os.path.exists("figures.json"):
+        os.remove("figures.json")
+    assert call(monkeypatch, "eval.py", *flags, "--json", "figures.json") == 0
+    with open("figures.json") as file:
+        return json.load(file)
+
+
+def test_both_texts_are_read_and_the_base_stands_beside(ckpt, monkeypatch, capsys):
+    figures = figures_of(monkeypatch, "ckpt.pt")
+    out = capsys.readouterr().out
+    of_base = figures_of(monkeypatch, "base.pt")
+    assert figures["dataset"] == "pycode" and figures["old"]["dataset"] == "pydocs"
+    assert figures["base"]["nll"] == of_base["nll"] and of_base["base"] is None
+    assert figures["base"]["nll"] != figures["nll"] != figures["old"]["nll"]
+    line = next(line for line in out.splitlines() if line.startswith("token-level"))
+    columns = [f"{part['token_perplexity']:.3f}" for part in (figures, figures["base"])]
+    assert line.split()[2:4] == columns
+    assert "new text: pycode test" in out and "old text: pydocs test" in out and "its base" in out
+    first = figures["usage"]["2"]["top1"] * 36
+    assert f"memory in block 2: {first:.0f} of its 36 slots" in out and first > 0
+
+
+def test_the_keys_of_the_json_file(ckpt, monkeypatch):
+    figures = figures_of(monkeypatch, "ckpt.pt", "--stride", "4", "--split", "valid")
+    about = ("checkpoint", "dataset", "split", "tokenizer", "window", "stride", "parameters")
+    assert [figures[name] for name in about[:6]] == ["ckpt.pt", "pycode", "valid", "bytes", 32, 4]
+    report = ("tokens", "words", "bytes", "nll", "token_perplexity", "word_perplexity")
+    more = ("bits_per_byte", "tokens_per_second", "slots", "usage")
+    assert set(figures) == {*about, *report, *more, "old", "base"}
+    assert set(figures["old"]) == {*report, *more, "dataset", "base"}
+
+
+def test_a_dataset_that_is_named_is_read_alone(ckpt, monkeypatch, capsys):
+    figures = figures_of(monkeypatch, "ckpt.pt", "--dataset", "pydocs")
+    assert figures["dataset"] == "pydocs" and figures["old"] is None
+    assert "old text" not in capsys.readouterr().out
+
+
+def test_where_all_was_trained_there_is_no_base_to_show(ckpt, monkeypatch):
+    model, about = ckpt
+    save_checkpoint("all.pt", model, **about | {"settings": {"train": "all"}})
+    assert figures_of(monkeypatch, "all.pt")["base"] is None
+
+
+def test_an_old_text_that_would_be_downloaded_is_left_out(ckpt, monkeypatch, capsys):
+    model, about = ckpt
+    save_checkpoint("a.pt", model, **about | {"old_dataset": "wikitext103"})
+    assert figures_of(monkeypatch, "a.pt")["old"] is None
+    assert "wikitext103, the old text, is left out" in capsys.readouterr().out
+
+
+def test_a_folder_of_another_machine_is_not_made_here(ckpt, here, monkeypatch, capsys):
+    """./data is read instead, or what --data_dir says."""
+    model, about = ckpt
+    elsewhere = str(here / "elsewhere" / "data")
+    about |= {"data_dir": elsewhere, "old_data_dir": elsewhere}
+    save_checkpoint("a.pt", model, **about)
+    assert figures_of(monkeypatch, "a.pt")["nll"] == figures_of(monkeypatch, "ckpt.pt")["nll"]
+    assert not os.path.exists(elsewhere)
+    (here / "file").write_text("no folder")
+    assert call(monkeypatch, "eval.py", "a.pt", "--data_dir", "file") == 2
+    assert "name another with --data_dir" in capsys.readouterr().err
+
+
+def test_json_never_replaces_a_file(ckpt, here, monkeypatch, capsys):
+    (here / "mine.json").write_text("mine")
+    assert call(monkeypatch, "eval.py", "ckpt.pt", "--json", "mine.json") == 2
+    assert "mine.json exists" in capsys.readouterr().err
+    assert (here / "mine.json").read_text() == "mine"
+
+
+def test_weights_that_are_nan_end_in_a_sentence_and_write_no_json(ckpt, monkeypatch, capsys):
+    model, about = ckpt
     with torch.no_grad():
         model.wte.weight.fill_(math.nan)
-    save_checkpoint("nan.pt", model, tokenizer="bytes")
+    save_checkpoint("nan.pt", model, **about)
+    assert call(monkeypatch, "eval.py", "nan.pt", "--json", "figures.json") == 1
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and "NaN" in error and not os.path.exists("figures.json")
     assert call(monkeypatch, "eval.py", "nan.pt", "--prompt", "One") == 1
     assert capsys.readouterr().err.startswith("error: ")
 
 
-def test_a_checkpoint_that_does_not_name_its_tokenizer(tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    save_checkpoint("plain.pt", GPT(GPTConfig(1, 1, 8, 32, 257)))
-    for script in ("eval.py", "experiments/analyze.py"):
-        assert call(monkeypatch, script, "plain.pt") == 2
-        assert "does not say its tokenizer" in capsys.readouterr().err
+def test_a_prompt_is_continued(ckpt, monkeypatch, capsys):
+    flags = ("--prompt", "def é", "--max_new_tokens", "5", "--temperature", "0")
+    assert call(monkeypatch, "eval.py", "ckpt.pt", *flags) == 0
+    assert "def é" in capsys.readouterr().out
 
 
-def test_a_data_folder_that_cannot_be(tmp_path, monkeypatch, capsys):
-    """Named by a flag, or by a checkpoint that comes from another machine."""
-    monkeypatch.chdir(tmp_path)
-    (tmp_path / "file").write_text("no folder")
-    about = dict(tokenizer="bytes", dataset="pydocs", data_dir=str(tmp_path / "file" / "data"))
-    save_checkpoint("a.pt", GPT(GPTConfig(1, 1, 8, 32, 257)), **about)
-    for script, *flags in (
-        ("eval.py", "a.pt"),
-        ("eval.py", "a.pt", "--data_dir", "file"),
-        ("train.py", "--upscale", "none", "--data_dir", "file"),
-        ("experiments/compare.py", "--base", "a.pt", "--methods", "none"),
-    ):
-        assert call(monkeypatch, script, *flags) == 2
-        assert "name another with --data_dir" in capsys.readouterr().err
+@pytest.mark.parametrize(
+    "flags",
+    [
+        "ckpt.pt --stride 33",
+        "ckpt.pt --stride 0",
+        "ckpt.pt --temperature -1",
+        "ckpt.pt --json no/where.json",
+        "ckpt.pt --json ckpt.pt",
+        "ckpt.pt --dataset x",
+        "ckpt.pt --dataset text",
+        "ckpt.pt --seed 1e30",
+        "none.pt",
+        "plain.pt",
+    ],
+)
+def test_bad_input_gets_one_line_and_status_2(ckpt, monkeypatch, capsys, flags):
+    save_checkpoint("plain.pt", GPT(GPTConfig(1, 1, 8, 32, 257)))  # names no tokenizer
+    assert call(monkeypatch, "eval.py", *flags.split()) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and len(error.splitlines()) == 1
