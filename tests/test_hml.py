@@ -296,25 +296,6 @@ def test_docstring_examples():
     assert doctest.testmod(hml).failed == 0
 
 
-def test_what_a_memory_costs_is_counted_right():
-    """The table of the head, GPT-2's sizes."""
-    n_head, n, k, d_v, width = 12, 128, 16, 64, 768
-    memory = HeadwiseMemory(n_head, width // n_head, n, k, d_v)
-    counts = {name: p.numel() for name, p in memory.named_parameters()}
-    around = {"LN": 2 * width, "QKV": 3 * width * width + 3 * width}
-    figures = (
-        *counts.values(),
-        *around.values(),
-        sum(counts.values()) + sum(around.values()),
-        n_head * k * d_v,
-        3 * width * width + width * n + n_head * k * d_v + width * d_v,  # with pool, then project
-        n_head * k * d_v + width * d_v,
-        n_head * k * d_v + k * width * d_v,  # project, then pool
-    )
-    for figure in figures:
-        assert f"{figure:,}" in hml.__doc__
-
-
 def test_one_file_is_enough_and_prints_the_worked_example(root, tmp_path):
     """hml.py alone in an empty folder: the numbers that its head states, and those by hand."""
     shutil.copyfile(root / "hml.py", tmp_path / "hml.py")

@@ -1,144 +1,161 @@
-"""The README holds what it promises.
+"""The pages hold what they promise.
 
-Its commands run, its files exist, its lengths and figures are true.
+Their commands can be parsed, those of the set-up run, the files and flags that they name exist, and
+figures are those of the results.
 """
 
-import dataclasses
-import importlib.util
+import hashlib
+import importlib
+import json
 import re
 import shlex
-import subprocess
 import sys
+import zipfile
+from pathlib import Path
 
 import pytest
+import torch
 
-import bench
-import compare
+import common
 import data
 import model
-import train
-from conftest import call
+from conftest import ROOT, call, same_weights
+from test_model import openai_layout
 
-PAGES = ("README.md", "experiments/questions.md", "experiments/speed.md", "experiments/inside.md")
-
-
-@pytest.fixture(scope="session")
-def readme(root):
-    return (root / "README.md").read_text(encoding="utf-8")
+PAGES = ["README.md", *(f"experiments/{page.name}" for page in ROOT.glob("experiments/*.md"))]
 
 
-def commands(text):
-    """The commands of a page's sh blocks, in order, each as a list of words."""
+def text_of(page):
+    return (ROOT / page).read_text(encoding="utf-8")
+
+
+def commands(page):
+    """The commands of a page's sh blocks that run a script of ours, in order, as lists of words."""
     found = []
-    for block in re.findall(r"```sh\n(.*?)```", text, re.S):
+    for block in re.findall(r"```sh\n(.*?)```", text_of(page), re.S):
         for line in block.replace("\\\n", " ").splitlines():
-            for part in line.split("  #")[0].split("&&"):
-                if part.strip():
-                    found.append(shlex.split(part))
+            for part in re.split("  #|&&|;", line.split("  #")[0]):
+                words = shlex.split(part.split(">")[0])
+                scripts = [i for i, word in enumerate(words) if word.endswith(".py")]
+                if scripts and words[0] in ("python", "torchrun"):
+                    found.append(words[scripts[0] :])
     return found
 
 
-@pytest.fixture
-def here(pydocs, tmp_path, monkeypatch):
-    """A working folder where every data set and GPT-2 are there already, all of them small."""
+class Parsed(Exception):
+    pass
+
+
+def parse(monkeypatch, script, words):
+    """Gives the words to the script's own parser; raises SystemExit if it refuses them."""
+    parse_args = common.Parser.parse_args
+
+    def parse_only(self):
+        parse_args(self)
+        raise Parsed
+
+    with monkeypatch.context() as patch:
+        patch.setattr(common.Parser, "parse_args", parse_only)
+        patch.setattr(sys, "argv", [script, *words])
+        with pytest.raises(Parsed):
+            importlib.import_module(Path(script).stem).main()
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_every_command_can_be_parsed(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    for text in pydocs.glob("pydocs-*/wiki.*.txt"):
-        some = text.read_bytes()[: 60_000 if "train" in text.name else 2_500]
-        short = tmp_path / "data" / text.relative_to(pydocs)
-        short.parent.mkdir(parents=True, exist_ok=True)
-        short.write_bytes(some)
-        for ending in (".raw", ".tokens"):
-            own = (tmp_path / "data" / text.name).with_suffix(ending)
-            own.write_bytes(b" = Heading = \n" + some)
-    config = model.GPTConfig(2, 1, 16, 1024, 50257)
-    for module in (model, train):
-        monkeypatch.setitem(module.PRETRAINED, "gpt2", config)
-    monkeypatch.setattr(model, "load_gpt2", lambda path: model.GPT(config))
-    for module in (model, data):
-        monkeypatch.setattr(module, "download", lambda *args, **more: None)  # all is there
-    return tmp_path
+    (tmp_path / "experiments" / "results").mkdir(parents=True)
+    for script, *words in commands(page):
+        assert (ROOT / script).exists(), script
+        source = text_of(script)
+        if "--help" not in words and "Parser(" in source:
+            parse(monkeypatch, script, words)
+        else:
+            assert not words or "--help" in words
 
 
-SHORTER = {  # what each script's commands get on top; None: another test has them
-    "train.py": "--tokens 256 --block_size 32 --batch_size 4 --overwrite",
-    "compare.py": "--tokens 256 --seeds 1 --lrs 1e-3 --memory_lrs 1e-2 --jobs 1 --eval_tokens 256",
-    "analyze.py": "--tokens 256",
-    "eval.py": "--device cpu",
-    "upscale.py": "--overwrite",
-    "bench.py": "--quick --lengths 16 --tables tricks,blocks",
-    "conventions.py": "--device cpu",
-    "hml.py": None,
-    "harness.py": None,
-}
+def test_the_set_up_runs_as_written(here, monkeypatch, capsys):
+    """Shorter, and on little text."""
+    train_words = ["train.py", "--upscale", "midus"]
+    eval_words = ["eval.py", "ckpt.pt"]
+    first = [words for words in commands("README.md") if words[0] in ("train.py", "eval.py")][:2]
+    assert first == [train_words, eval_words]
+    assert call(monkeypatch, *train_words, "--base_tokens", "3e3", "--tokens", "3e3") == 0
+    out = capsys.readouterr().out
+    assert "stack  T M T T M T" in out and "next: python eval.py ckpt.pt" in out
+    assert call(monkeypatch, *eval_words) == 0
+    assert "its base" in capsys.readouterr().out
 
 
-def flags_on_top(script, words):
-    """The flags that make a command short enough for a test."""
-    if "--resume" in words or "--prompt" in words or words[-1] == "--help":
-        return []
-    flags = SHORTER[script].split()
-    from_scratch = "--upscale" in words and not {"none", "--base", "wikitext103"} & {*words}
-    if script == "train.py" and from_scratch:
-        flags += ["--base_tokens", "256"]
-    return flags
+def test_the_command_for_a_gpu_runs_as_written(gpt2_vocabulary, server, here, monkeypatch):
+    """With a small GPT-2 and a small archive, both from this machine.
 
-
-def test_commands_run(root, here, gpt2_vocabulary, monkeypatch, capsys):
-    """Every command of the pages but those that install or test, in order.
-
-    Shorter, and with a small GPT-2.
+    --preset, which goes by the width, is added: a batch of 32 in 8 parts, one epoch.
     """
-    monkeypatch.setattr(compare, "make_apart", compare.make)
-    monkeypatch.setattr(bench, "SIZES", bench.SIZES[:1])
-    other = ("pip", "git", "cd", "source", "bash")
-    tried = []
-    for page in PAGES:
-        for program, *words in commands((root / page).read_text(encoding="utf-8")):
-            if program in other or "pytest" in words or "venv" in words:
-                continue
-            if program == "torchrun":  # the same with several processes: see test_train.py
-                words = words[2:]
-            script = words[0].split("/")[-1]
-            assert program in ("python", "torchrun") and script in SHORTER, words
-            no_picture = "--plot" in words and not importlib.util.find_spec("matplotlib")
-            no_llama = "smollm2" in words and not importlib.util.find_spec("gguf")
-            if SHORTER[script] is None or no_picture or no_llama:
-                continue
-            status = call(monkeypatch, *words, *flags_on_top(script, words))
-            assert status == 0, (words, capsys.readouterr().err)
-            capsys.readouterr()
-            tried.append(words)
-    assert ["train.py", "--upscale", "midus"] in tried and len(tried) > 12
+    torch.manual_seed(0)
+    original = model.GPT(model.GPTConfig(2, 1, 64, block_size=16, vocab_size=50257))
+    torch.save(openai_layout(original), "gpt2.bin")
+    text = "\n".join(data.topics[name] for name in sorted(data.topics))
+    parts = {"train": text[:8_000], "valid": text[8_000:9_000], "test": text[9_000:10_000]}
+    with zipfile.ZipFile("made.zip", "w") as archive:
+        for split, part in parts.items():
+            archive.writestr(f"wikitext-103-raw/wiki.{split}.raw", part)
+    sha256 = {}
+    for name in ("gpt2.bin", "made.zip"):
+        server.pages[name] = Path(name).read_bytes()
+        sha256[name] = hashlib.sha256(server.pages[name]).hexdigest()
+    monkeypatch.setattr(model, "GPT2_URL", server.url + "{}.bin")
+    monkeypatch.setitem(model.GPT2_SHA256, "gpt2", sha256["gpt2.bin"])
+    monkeypatch.setitem(model.PRETRAINED, "gpt2", original.config)
+    entry = data.WIKITEXT["wikitext103"]
+    entry = entry._replace(urls=[server.url + "made.zip"], sha256=sha256["made.zip"])
+    monkeypatch.setitem(data.WIKITEXT, "wikitext103", entry)
+
+    words = "train.py --upscale midus --dataset wikitext103 --out midus.pt".split()
+    assert words in commands("README.md")
+    assert call(monkeypatch, *words, "--preset", "gpt2") == 0
+    deeper, info = model.load_checkpoint("midus.pt")
+    settings, progress = info["settings"], info["progress"]
+    assert deeper.config.blocks == "TMT" and info["old_dataset"] is None
+    assert (settings["base"], settings["grad_accum"], settings["batch_size"]) == ("gpt2", 8, 32)
+    assert progress["step"] == settings["tokens"] // (32 * 16) >= 2  # one epoch
+    assert same_weights(deeper.h[0], original.h[0]) and same_weights(deeper.h[2], original.h[1])
+
+    assert call(monkeypatch, "eval.py", "midus.pt", "--stride", "8", "--json", "figures.json") == 0
+    figures = json.loads(Path("figures.json").read_text())
+    assert figures["dataset"] == "wikitext103" and figures["bytes"] == len(parts["test"].encode())
+    assert figures["base"]["nll"] > figures["nll"]
 
 
-def test_files_it_names_exist(root):
-    for page in PAGES:
-        folder = (root / page).parent
-        text = (root / page).read_text(encoding="utf-8")
-        for name in re.findall(r"\]\((?!http)([^)#]+)", text):
-            assert (folder / name).exists(), (page, name)
-        for name in re.findall(r"`((?:[\w.]+/)*[\w-]+\.py)`", text):
-            assert (root / name).exists() or (root / "experiments" / name).exists(), (page, name)
+@pytest.mark.parametrize("page", PAGES)
+def test_files_that_are_named_exist(page):
+    text = text_of(page)
+    folder = (ROOT / page).parent
+    for name in re.findall(r"\]\((?!http)([^)#]+)", text):
+        assert (folder / name).exists(), name
+    for name in re.findall(r"`((?:[\w.]+/)*[\w-]+\.py)`", text):
+        assert any((ROOT / place / name).exists() for place in ("", "experiments", "tests")), name
 
 
-def test_flags_it_names_exist(root):
-    scripts = [*root.glob("*.py"), *root.glob("experiments/*.py")]
+@pytest.mark.parametrize("page", PAGES)
+def test_flags_that_are_named_exist(page):
+    scripts = [*ROOT.glob("*.py"), *ROOT.glob("experiments/*.py"), ROOT / "tests" / "conftest.py"]
     sources = "".join(path.read_text(encoding="utf-8") for path in scripts)
-    settings = {field.name for field in dataclasses.fields(train.Settings)}
-    for page in PAGES:
-        text = (root / page).read_text(encoding="utf-8")
-        for name in {*re.findall(r"`--([\w-]+)", text)} - {"long"}:
-            name = name.removeprefix("no-")
-            assert name in settings or f'"--{name}"' in sources, (page, name)
+    for name in re.findall(r"`--([\w-]+)", text_of(page)):
+        assert f'"--{name.removeprefix("no-")}"' in sources, name
 
 
-def test_the_quality_figures_are_those_of_the_results(readme, root):
-    table = (root / "experiments" / "results" / "main.md").read_text(encoding="utf-8")
-    for figure in ("110.66", "159.11", "139.76", "137.21", "108.63"):
-        assert figure in readme and figure in table
+def test_figures_of_the_tables_are_those_of_the_results():
+    """Perplexities as the README states them, such as 110.66."""
+    results = "".join(path.read_text("utf-8") for path in ROOT.glob("experiments/**/*.md"))
+    rows = [line for line in text_of("README.md").splitlines() if line.startswith("| ")]
+    figures = re.findall(r"(?<![\d.,])\d[\d,]*\d\.\d\d(?!\d)", "\n".join(rows))
+    assert figures
+    for figure in figures:
+        assert figure in results or figure.replace(",", "") in results, figure
 
 
-def test_python_example_runs(readme, root):
-    (block,) = re.findall(r"```python\n(.*?)```", readme, re.S)
-    run = subprocess.run([sys.executable, "-c", block], cwd=root, capture_output=True, text=True)
-    assert run.returncode == 0, run.stderr
+def test_the_python_example_runs(capsys):
+    (block,) = re.findall(r"```python\n(.*?)```", text_of("README.md"), re.S)
+    exec(block, {})
+    assert "[2, 100, 768]" in capsys.readouterr().out
