@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 import torch
 
-import data
 import eval as module
 from conftest import call, same_weights
 from eval import base_of, continue_text, count_usage, evaluate, perplexity, sum_nll, usage
