@@ -26,6 +26,9 @@ sys.path[:0] = [str(ROOT), str(ROOT / "experiments")]
 if (SHARED / "tiktoken_cache").is_dir():
     os.environ.setdefault("TIKTOKEN_CACHE_DIR", str(SHARED / "tiktoken_cache"))
 
+# Small models gain nothing from threads, and lose much where others compute beside them.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 # A run of a second: a base of two blocks, and a memory block between them. Every step reads 64
 # tokens; the base takes 15 steps.
 SIZES = "--n_layer 2 --n_head 2 --n_embd 32 --block_size 16 --batch_size 4".split()
