@@ -145,7 +145,7 @@ def count_usage(model: GPT) -> Iterator[dict[int, dict[str, Tensor]]]:
 
         return model.h[block].memory.product_keys.register_forward_hook(add)
 
-    blocks = [block for block, kind in enumerate(model.config.blocks) if kind == "M"]
+    blocks = [i for i, block in enumerate(model.h) if hasattr(block, "memory")]
     hooks = [watch(block) for block in blocks]
     try:
         yield counts
@@ -262,10 +262,13 @@ def continue_text(
 
 
 # ---- The table that closes a training run --------------------------------------------------------
+SHARE = 100_000  # tokens of a validation split that the table looks at
+
+
 def closing_row(
     label: str, model: GPT, splits: dict[str, Split], tokenizer: str, prompt: str
 ) -> dict:
-    """Sizes, a sample, and the perplexity on each of splits ("new", "old"), whole."""
+    """Sizes, a sample, and the perplexity on each of splits ("new", "old")."""
     row = {
         "label": label,
         "parameters": sum(p.numel() for p in model.parameters()),
@@ -274,13 +277,14 @@ def closing_row(
         "sample": continue_text(model, tokenizer, prompt, max_new_tokens=120),
     }
     for name, split in splits.items():
-        nll, count = sum_nll(model, split.tokens, desc=f"{label}: the {name} text")
+        nll, count = sum_nll(model, split.tokens[:SHARE], desc=f"{label}: the {name} text")
         row[name] = perplexity(nll, count)
     return row
 
 
 def print_closing_table(rows: list[dict], names: dict[str, str]) -> None:
     """names: of the texts, by column ("new", "old")."""
+    print(f"perplexity: token-level, on the first {SHARE:,} tokens of each validation split")
     columns = "".join(f"{f'{kind}: {name}':>18}" for kind, name in names.items())
     print(f"{'':20}{'parameters':>12}{'added':>12}{'trained':>12}{columns}")
     for row in rows:

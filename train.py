@@ -22,7 +22,6 @@ import shlex
 import sys
 import time
 from argparse import Namespace
-from collections.abc import Callable
 from contextlib import nullcontext
 from importlib.util import find_spec
 
@@ -70,16 +69,21 @@ PRESETS = {
     },
 }
 # fmt: on
+TINY_SPEED = 18_000  # tokens per second that the tiny preset trains on one core of a server
 OF_THE_MACHINE = ("data_dir", "old_data_dir", "dtype", "compile", "threads", "grad_accum")
 
 
-def parse_arguments() -> argparse.Namespace:
-    """The flags. One that was not given is None: a preset, the base or a checkpoint decides."""
+def parse_arguments(words: list[str] | None = None) -> argparse.Namespace:
+    """The flags. One that was not given is None: a preset, the base or a checkpoint decides.
+
+    words: instead of the command's own.
+    """
     parser = common.Parser("Train a GPT, or up-scale one and train it on.")
     whole = common.whole_number
     real = common.real_number
     folder = common.data_folder
 
+    # What is trained, and on what.
     add = parser.add_argument_group("what").add_argument
     add("--upscale", choices=("none", *METHODS), help="how it becomes deeper (default none)")
     add("--base", help="scratch (default), gpt2 (default for wikitext), gpt2-medium, ..., a file")
@@ -91,6 +95,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--train", help="new blocks, all, or blocks from 1: 2,4 (default: as the method's authors)")
     add("--preset", choices=PRESETS, help="sizes and rates (default: by the base's width)")
 
+    # The shape of a base from scratch, its own training, and what is put between its blocks.
     add = parser.add_argument_group("a base from scratch (default: by preset)").add_argument
     add("--n_layer", type=whole, help="transformer blocks")
     add("--n_head", type=whole, help="attention heads")
@@ -99,6 +104,8 @@ def parse_arguments() -> argparse.Namespace:
     add("--base_lr", type=real, help="peak learning rate of the base")
     add_flags(parser)
 
+    # How it is trained. The rate rises for `warmup` steps, then falls to a tenth. grad_accum
+    # changes the result by no more than rounding.
     add = parser.add_argument_group("training").add_argument
     add("--tokens", type=whole, help="training tokens (by preset; for gpt2 one epoch)")
     add("--block_size", type=whole, help="tokens in a sequence (by preset)")
@@ -112,27 +119,45 @@ def parse_arguments() -> argparse.Namespace:
     add("--save_every", type=whole, help="steps between checkpoints (default: 10%% of all)")
     add("--seed", type=common.seed_number, help="of new weights and the data's order (default 0)")
 
+    # What may be another on resume: it belongs to the machine, not to the run.
     add = parser.add_argument_group("machine").add_argument
     add("--device", help="cpu, cuda or mps (default: the best there is)")
-    words = "of autocast (default: bfloat16 where that is fast)"
-    add("--dtype", choices=("float32", "bfloat16"), help=words)
-    words = "torch.compile the model (default: on CUDA, where Triton is)"
-    add("--compile", action=argparse.BooleanOptionalAction, help=words)
+    dtypes = ("float32", "bfloat16")
+    add("--dtype", choices=dtypes, help="of autocast (default: bfloat16 where that is fast)")
+    yes_or_no = argparse.BooleanOptionalAction
+    add("--compile", action=yes_or_no, help="the model (default: on CUDA, where Triton is)")
     add("--threads", type=whole, help="of the CPU (default: as many as the model is worth)")
 
     add = parser.add_argument_group("files").add_argument
     add("--out", type=common.new_file(".pt"), default="ckpt.pt", help="(default ckpt.pt)")
     add("--resume", action="store_true", help="go on with --out, with the settings it has")
     add("--overwrite", action="store_true", help="replace --out, at the new run's first checkpoint")
-    return parser.parse_args()
+    return parser.parse_args(words)
+
+
+def find_base(args: Namespace) -> tuple[str, GPT | None, GPTConfig | None, dict]:
+    """The base's name, and model, config and info as far as they are known.
+
+    Nothing is downloaded or trained yet: what can be refused comes first.
+    """
+    name = args.base or ("gpt2" if args.dataset in WIKITEXT else "scratch")
+    if name == "scratch":
+        return name, None, None, {}
+    if name in PRETRAINED:
+        return name, None, PRETRAINED[name], {"tokenizer": "gpt2"}
+    model, info = open_model(name)
+    return name, model, model.config, info
 
 
 def choose_texts(args: Namespace, base: str, info: dict) -> tuple[str, str | None]:
     """Names of the new and of the old text. info: what the base's file says of it."""
-    known = info.get("dataset")  # what a checkpoint was last trained on
+    # A base in a file knows what it was last trained on; of published GPT-2 nobody does.
     if base != "scratch":
+        known = info.get("dataset")
         new = args.dataset or ("pycode" if known == "pydocs" else known or "wikitext103")
         return new, args.old_dataset or known
+
+    # From scratch: the base itself is the run, or it is trained on the old text first.
     if args.upscale in (None, "none"):
         return args.dataset or "pydocs", args.old_dataset
     new = args.dataset or "pycode"
@@ -146,6 +171,7 @@ def choose_settings(
 
     config, info: what is known of the base; config is None if the base is yet to be trained.
     """
+    # The preset, by width. What is None stays so, or is decided below.
     new, old = choose_texts(args, base, info)
     width = config.n_embd if config else args.n_embd or (128 if new in AT_HOME else 256)
     preset = args.preset or ("tiny" if width <= 128 else "small" if width <= 512 else "gpt2")
@@ -156,6 +182,7 @@ def choose_settings(
         train=None,
         dataset=new,
         old_dataset=old,
+        data_dir=None,
         old_data_dir=None,
         weight_decay=0.1,
         warmup=None,
@@ -165,29 +192,33 @@ def choose_settings(
         **PRESETS[preset],
     )
 
-    # What the base and the machine ask for.
+    # What the base asks for: its window and its tokens.
     if config:
         settings.block_size = config.block_size
-    tokenizer = "bytes" if (old or new) in AT_HOME else "gpt2"
-    settings.tokenizer = info.get("tokenizer", tokenizer)
-    theirs = info.get("data_dir") or ""
-    settings.data_dir = theirs if os.path.isdir(theirs) else os.path.abspath("data")
+    settings.tokenizer = info.get("tokenizer", "bytes" if (old or new) in AT_HOME else "gpt2")
+
+    # What the machine asks for. Several processes share the parts of a batch.
     settings.dtype = "bfloat16" if common.has_bf16(device) else "float32"
     settings.compile = device.type == "cuda" and find_spec("triton") is not None
     settings.threads = common.threads_for(width)
     settings.grad_accum = max(1, settings.grad_accum // common.process_count())
 
-    # The flags, and what hangs on them.
+    # The flags.
     for name in vars(settings):
         if getattr(args, name) is not None:
             setattr(settings, name, getattr(args, name))
     settings.options = given_options(args)
+
+    # What hangs on them. A folder that a checkpoint names may have been on another machine.
     if settings.train is None:
         settings.train = "all" if settings.upscale == "none" else METHODS[settings.upscale].train
-    if settings.old_data_dir is None:
-        settings.old_data_dir = settings.data_dir
-    if base == "scratch" and settings.upscale == "none":
-        settings.lr = args.lr or settings.base_lr
+    theirs = info.get("data_dir")
+    if theirs is None or not os.path.isdir(theirs):
+        theirs = settings.data_dir or os.path.abspath("data")
+    settings.data_dir = settings.data_dir or theirs
+    settings.old_data_dir = settings.old_data_dir or theirs
+    if base == "scratch" and settings.upscale == "none":  # the run is that of a base
+        settings.lr = settings.base_lr if args.lr is None else args.lr
         settings.tokens = args.tokens or settings.base_tokens
     return settings
 
@@ -339,14 +370,13 @@ def train(
     data: dict[str, Split],
     out: str | None = None,
     go_on: str = "",
-    visit: Callable[[int], None] | None = None,
 ) -> None:
     """Trains what of model requires gradients, from progress to the end of the run, in place.
 
-    data: splits "train" and "valid". out: the checkpoint that is kept up to date, if any; go_on:
-    the command that goes on with it. visit: called with the number of each step before it, and
-    with that of all at the end. Raises KeyboardInterrupt after Ctrl-C or SIGTERM, with everything
-    saved, and FloatingPointError if the loss becomes NaN, with the last good checkpoint in place.
+    data: splits "train" and "valid". out: the checkpoint that is kept up to date; go_on: the
+    command that goes on with it. Without out nothing is validated, saved or printed. Raises
+    KeyboardInterrupt after Ctrl-C or SIGTERM, with everything saved, and FloatingPointError if the
+    loss becomes NaN, with the last good checkpoint in place.
     """
     # A resumed run goes on with AdamW's running averages; they come with the groups they belong to.
     device = model.wte.weight.device
@@ -375,8 +405,6 @@ def train(
         while True:
             step = progress["step"]
             stopping = common.true_in_any_process(stop.is_set(), device)
-            if visit is not None:
-                visit(step)
 
             # Now and then, and at both ends: the loss on text that it does not train on.
             due = step % eval_every == 0 or step == steps
@@ -568,7 +596,7 @@ def load_texts(settings: Namespace) -> tuple[dict[str, Split], dict[str, Split]]
 
 
 def print_settings(settings: Namespace, device: torch.device) -> None:
-    """What was chosen, in a few lines."""
+    """What was chosen, in a few lines, and about how long it will take."""
     steps = steps_of(settings)
     step = settings.batch_size * settings.block_size
     print(f"new     {settings.dataset} in tokens of {settings.tokenizer}: to train on")
@@ -579,11 +607,17 @@ def print_settings(settings: Namespace, device: torch.device) -> None:
     rates = f"lr {settings.lr:g}, banks {settings.memory_lr:g}, seed {settings.seed}"
     print(f"run     {settings.tokens:,} tokens in {steps:,} steps of {step:,}, {rates}")
     print(f"machine {device}, {settings.dtype}, {settings.threads} threads")
+    if settings.preset == "tiny" and device.type == "cpu":
+        base_tokens = settings.base_tokens if settings.upscale != "none" else 0
+        minutes = (settings.tokens + base_tokens) / TINY_SPEED / 60
+        print(
+            f"time    about {minutes + 1:.0f} minutes on one core, if the base is yet to be trained"
+        )
 
 
 def tell(rows: list[dict], names: dict[str, str]) -> None:
     """What a run came to: a table, what the model writes before and after, and sentences."""
-    print("\nperplexity: token-level, on the whole validation splits")
+    print()
     print_closing_table(rows, names)
     for row in (rows[0], rows[-1]):
         print(f"\n{row['label']} goes on with the first words of {names['new']}:")
@@ -603,13 +637,7 @@ def main() -> None:
         if os.path.exists(out) and not args.overwrite:
             ways = "--resume goes on with it, --overwrite replaces it, --out names another file"
             raise ValueError(f"{out} exists; {ways}")
-        base = args.base or ("gpt2" if args.dataset in WIKITEXT else "scratch")
-        model = None  # it is yet to be trained, or downloaded
-        config = PRETRAINED.get(base)
-        info = {"tokenizer": "gpt2"} if config else {}
-        if config is None and base != "scratch":
-            model, info = open_model(base)
-            config = model.config
+        base, model, config, info = find_base(args)
         settings = choose_settings(args, base, config, info, device)
         refuse_contradictions(settings, config, info, args)
     if device.type == "cpu":
