@@ -347,13 +347,9 @@ def one_line(error: BaseException, length: int = 500) -> str:
     return " ".join(str(error).split())[:length]
 
 
-# What torch calls RuntimeError though it is none of ours: no memory, numbers gone wrong.
-FAULTS = (
-    "out of memory",
-    "allocate memory",
-    "enough memory",
-    "probability tensor contains",
-)
+# What torch calls RuntimeError though the code is right: no memory, numbers gone wrong.
+NO_MEMORY = ("out of memory", "allocate memory", "enough memory")
+FAULTS = (*NO_MEMORY, "probability tensor contains")
 
 
 def exit_status(error: BaseException) -> int | None:
@@ -387,6 +383,7 @@ def run_command(main: Callable[[], None]) -> None:
         status = exit_status(error)
         if status is None:
             raise
-        hint = "; a larger --grad_accum needs less memory" if "memory" in str(error) else ""
+        no_memory = any(words in str(error) for words in NO_MEMORY)
+        hint = "; a larger --grad_accum needs less memory" if no_memory else ""
         print(f"error: {one_line(error)}{hint}", file=sys.stderr)
         sys.exit(status)
