@@ -256,6 +256,7 @@ def refuse_contradictions(
 
 
 def steps_of(settings: Namespace) -> int:
+    """Optimizer steps of a run; what does not fill a batch at the end is left out."""
     return max(1, settings.tokens // (settings.batch_size * settings.block_size))
 
 
@@ -378,7 +379,8 @@ def train(
     KeyboardInterrupt after Ctrl-C or SIGTERM, with everything saved, and FloatingPointError if the
     loss becomes NaN, with the last good checkpoint in place.
     """
-    # A resumed run goes on with AdamW's running averages; they come with the groups they belong to.
+    # A resumed run goes on with AdamW's running averages; they come with the groups they belong to,
+    # peak rates and all.
     device = model.wte.weight.device
     optimizer = make_optimizer(model, settings.lr, settings.memory_lr, settings.weight_decay)
     if progress["optimizer"] is not None:
@@ -391,15 +393,20 @@ def train(
     if settings.compile:
         wrapped = torch.compile(wrapped)
 
-    # How many steps, and what happens when. A validation on the way reads some windows only.
+    # How many steps, and what happens when: by default everything ten times in a run. A validation
+    # on the way reads some windows only, else it would take longer than the training between two.
     steps = steps_of(settings)
     warmup = max(1, steps // 20) if settings.warmup is None else settings.warmup
     eval_every = settings.eval_every or max(1, steps // 10)
     save_every = settings.save_every or max(1, steps // 10)
     windows = max(1, min(64, 8192 // settings.block_size))
     sample = data["valid"].tokens[: windows * settings.block_size + 1]
+
+    # The order is look, save, learn, as in nanoGPT: so a run has a point at step 0, and a
+    # checkpoint before anything has been learned. Rank 0 looks and saves for all.
     dtype = getattr(torch, settings.dtype)
-    hidden = None if common.is_main() and out else True  # None: shown on a terminal
+    writes = out is not None and common.is_main()
+    hidden = None if writes else True  # None: shown on a terminal
     bar = tqdm(total=steps, initial=progress["step"], unit="step", disable=hidden, leave=False)
     with common.stop_signal() as stop, bar:
         while True:
@@ -408,15 +415,15 @@ def train(
 
             # Now and then, and at both ends: the loss on text that it does not train on.
             due = step % eval_every == 0 or step == steps
-            if due and out and common.is_main() and step not in dict(progress["valid"]):
+            if due and writes and step not in dict(progress["valid"]):
                 nll, count = sum_nll(model, sample)
                 progress["valid"].append((step, nll / count))
                 tqdm.write(describe(progress, settings, count))
 
-            # Now and then, and at both ends: everything that a resume needs. One window is scored
-            # first, since the last update may have spoilt the weights.
+            # Now and then, at both ends, and when it is told to stop: all that a resume needs. One
+            # window is scored first, since the last update may have spoilt the weights.
             due = step % save_every == 0 or step == steps or stopping
-            if due and out and common.is_main():
+            if due and writes:
                 nll, _ = sum_nll(model, sample[: settings.block_size + 1])
                 if not math.isfinite(nll):
                     raise FloatingPointError(DIVERGED)
@@ -428,12 +435,13 @@ def train(
                 done = f"{out} is saved at step {step} of {steps}"
                 raise KeyboardInterrupt(f"interrupted; {done}; go on with: {go_on}")
 
-            # The learning rate of this step.
+            # The learning rate of this step, for each group a share of its own peak.
             started = time.perf_counter()
             for group in optimizer.param_groups:
                 group["lr"] = group["peak_lr"] * schedule(step, warmup, steps)
 
-            # The batch of this step; with several processes, the part of this one.
+            # The batch of this step; with several processes, the part of this one. It depends on
+            # step and seed alone: that is why a resume needs no state of a data loader.
             sizes = (settings.batch_size, settings.block_size)
             x, y = get_batch(data["train"].tokens, step, *sizes, settings.seed)  # both (B, T)
             x = x.chunk(common.process_count())[common.process_rank()].to(device)
@@ -465,6 +473,7 @@ def describe(progress: dict, settings: Namespace, count: int) -> str:
 # ---- A run in files ------------------------------------------------------------------------------
 def save(path: str, model: GPT, settings: Namespace, progress: dict) -> None:
     """Writes the checkpoint: model, settings, progress, and what others want to know of it."""
+    # eval.py and upscale.py need not know what settings are.
     names = ("tokenizer", "dataset", "data_dir", "old_dataset", "old_data_dir")
     about = {name: getattr(settings, name) for name in names}
     save_checkpoint(path, model, settings=vars(settings), progress=progress, **about)
@@ -476,7 +485,8 @@ def open_run(path: str) -> tuple[GPT, Namespace, dict]:
     progress = info.get("progress", {})
     saved = info.get("settings", {})
 
-    # A damaged value shall not end in a traceback an hour later.
+    # A checkpoint of another version, or a damaged value, shall not end in a traceback later on:
+    # the preset's values say of which type each setting is.
     wanted = new_progress({})
     like = [isinstance(progress.get(name), type(wanted[name])) for name in ("step", "losses")]
     like += [type(saved.get(name)) is type(value) for name, value in PRESETS["tiny"].items()]
@@ -486,29 +496,35 @@ def open_run(path: str) -> tuple[GPT, Namespace, dict]:
     return model, Namespace(**saved), progress
 
 
-def resume(args: Namespace) -> tuple[GPT, Namespace, dict]:
-    """What --out holds, with the flags that may be others now: those of the machine."""
-    if not os.path.exists(args.out):
-        # Perhaps the run was stopped while its base was being trained.
-        for path in glob.glob(os.path.join(args.data_dir or "data", "base-*.pt")):
-            _, settings, progress = open_run(path)
-            if progress["step"] < steps_of(settings):
-                raise ValueError(
-                    f"{args.out} is not begun yet: its base, {path}, is at step {progress['step']} "
-                    f"of {steps_of(settings)}; repeat the command without --resume"
-                )
+def refuse_unfinished_base(args: Namespace) -> None:
+    """Raises ValueError if the run was stopped while its base was being trained."""
+    for path in glob.glob(os.path.join(args.data_dir or "data", "base-*.pt")):
+        _, settings, progress = open_run(path)
+        step, steps = progress["step"], steps_of(settings)
+        if step < steps:
+            where = f"its base, {path}, is at step {step} of {steps}"
+            raise ValueError(f"{args.out} is not begun: {where}; repeat the command, no --resume")
 
-    # A flag may repeat what the checkpoint says; it may not say something else.
+
+def resume(args: Namespace) -> tuple[GPT, Namespace, dict]:
+    """Model, settings and progress of the run in --out.
+
+    Raises ValueError if there is none, or a flag contradicts it.
+    """
+    if not os.path.exists(args.out):
+        refuse_unfinished_base(args)
     model, settings, progress = open_run(args.out)
-    given = {name: value for name, value in vars(args).items() if value is not None}
-    for name, value in given.items():
+
+    # A flag may repeat what the checkpoint says, and may change what belongs to the machine.
+    for name, value in vars(args).items():
         begun_with = getattr(settings, name, settings.options.get(name, value))
-        if name in OF_THE_MACHINE:
+        if value is not None and name in OF_THE_MACHINE:
             setattr(settings, name, value)
-        elif value != begun_with:
-            raise ValueError(
-                f"--{name} contradicts {args.out}, begun with {begun_with}; drop the flag"
-            )
+        elif value is not None and value != begun_with:
+            was = f"{args.out}, begun with {begun_with}"
+            raise ValueError(f"--{name} contradicts {was}; drop the flag")
+
+    # What was frozen is frozen again; a file does not tell.
     set_trainable(model, settings.train)
     return model, settings, progress
 
@@ -527,6 +543,7 @@ def scratch_config(settings: Namespace) -> GPTConfig:
 
 def base_run(settings: Namespace) -> tuple[str, Namespace]:
     """Where this run's base from scratch is kept, and the settings of the run that makes it."""
+    # The same run, but nothing is inserted, and the text is the old one.
     own = Namespace(**vars(settings))
     own.upscale = "none"
     own.train = "all"
@@ -536,9 +553,13 @@ def base_run(settings: Namespace) -> tuple[str, Namespace]:
     own.old_dataset = None
     own.tokens = settings.base_tokens
     own.lr = settings.base_lr
+
+    # These depend on how long it is.
     own.warmup = None
     own.eval_every = None
     own.save_every = None
+
+    # A name that can be read; what it does not say is compared when the file is found.
     tokenizer = own.tokenizer.replace(":", "-")
     sizes = f"{own.n_layer}x{own.n_embd}x{own.block_size}"
     name = f"base-{sizes}-{own.dataset}-{tokenizer}-{own.tokens}-seed{own.seed}.pt"
@@ -547,9 +568,12 @@ def base_run(settings: Namespace) -> tuple[str, Namespace]:
 
 def get_base(settings: Namespace, device: torch.device) -> GPT:
     """A base that is no file: GPT-2 by name, or one from scratch, trained if it is up-scaled."""
+    # Published weights are downloaded, once.
     if settings.base != "scratch":
         model, _ = common.main_process_first(lambda: open_model(settings.base, settings.data_dir))
         return model
+
+    # Weights are drawn on the CPU, so that a seed gives the same ones everywhere.
     torch.manual_seed(settings.seed)
     model = GPT(scratch_config(settings))
     if settings.upscale == "none":
@@ -597,6 +621,7 @@ def load_texts(settings: Namespace) -> tuple[dict[str, Split], dict[str, Split]]
 
 def print_settings(settings: Namespace, device: torch.device) -> None:
     """What was chosen, in a few lines, and about how long it will take."""
+    # The two texts, and what each is for.
     steps = steps_of(settings)
     step = settings.batch_size * settings.block_size
     print(f"new     {settings.dataset} in tokens of {settings.tokenizer}: to train on")
@@ -604,21 +629,23 @@ def print_settings(settings: Namespace, device: torch.device) -> None:
         print("old     the same: nothing is new to this model")
     elif settings.old_dataset is not None:
         print(f"old     {settings.old_dataset}: what the base knows; only measured")
+
+    # The run, and the machine.
     rates = f"lr {settings.lr:g}, banks {settings.memory_lr:g}, seed {settings.seed}"
     print(f"run     {settings.tokens:,} tokens in {steps:,} steps of {step:,}, {rates}")
     print(f"machine {device}, {settings.dtype}, {settings.threads} threads")
     if settings.preset == "tiny" and device.type == "cpu":
         base_tokens = settings.base_tokens if settings.upscale != "none" else 0
         minutes = (settings.tokens + base_tokens) / TINY_SPEED / 60
-        print(
-            f"time    about {minutes + 1:.0f} minutes on one core, if the base is yet to be trained"
-        )
+        print(f"time    about {minutes + 1:.0f} minutes on one core, a new base included")
 
 
 def tell(rows: list[dict], names: dict[str, str]) -> None:
     """What a run came to: a table, what the model writes before and after, and sentences."""
     print()
     print_closing_table(rows, names)
+
+    # Indented, so that line ends of what the model writes are seen.
     for row in (rows[0], rows[-1]):
         print(f"\n{row['label']} goes on with the first words of {names['new']}:")
         print("    " + row["sample"].replace("\n", "\n    "))
@@ -643,7 +670,7 @@ def main() -> None:
     if device.type == "cpu":
         torch.set_num_threads(settings.threads)
 
-    # The texts. A first batch refuses a split that is too short. All samples begin alike.
+    # The texts. A first batch refuses a split that is too short.
     data, measured = load_texts(settings)
     get_batch(data["train"].tokens, 0, settings.batch_size, settings.block_size, settings.seed)
     settings.tokens = settings.tokens or len(data["train"].tokens)  # one epoch
@@ -651,8 +678,10 @@ def main() -> None:
     texts["train"] = data["train"].identity
     names = {"new": settings.dataset, "old": settings.old_dataset}
     names = {kind: names[kind] for kind in measured}
-    prompt = load_tokenizer(settings.tokenizer).decode(data["valid"].tokens[:32].tolist())
     print_settings(settings, device)
+
+    # The rows of the closing table. All samples in it begin alike, with words of the new text.
+    prompt = load_tokenizer(settings.tokenizer).decode(data["valid"].tokens[:32].tolist())
 
     def add_row(label: str, model: GPT) -> None:
         if common.is_main():
@@ -661,6 +690,7 @@ def main() -> None:
 
     method = settings.upscale
     if args.resume:
+        # The base and the start are in the table already.
         refuse_other_texts(progress, texts, out)
         model = model.to(device)
         if progress["step"] == steps_of(settings):
@@ -673,7 +703,7 @@ def main() -> None:
         model = model.to(device)
         add_row("base" if method != "none" else "start", model)
 
-        # 2. Deeper, and at the start exactly the same (but for solar).
+        # 2. Deeper, and at the start exactly the same (but for solar): the table shows it.
         if method != "none":
             torch.manual_seed(settings.seed)
             deeper = upscale(model, method, **settings.options)
@@ -682,7 +712,7 @@ def main() -> None:
             add_row(f"{method}, start", model)
         set_trainable(model, settings.train)
 
-    # 3. Continual pre-training.
+    # 3. Continual pre-training. A base that is not up-scaled is itself what is trained.
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     print(f"\ntraining {trained:,} parameters, writing {out}")
     train(model, settings, progress, data, out, go_on=f"python train.py --resume --out {out}")
