@@ -55,7 +55,7 @@ PRESETS = {
     "tiny": {
         "n_layer": 4, "n_head": 4, "n_embd": 128, "base_tokens": 1_600_000, "base_lr": 3e-3,
         "block_size": 64, "batch_size": 16, "grad_accum": 1,
-        "tokens": 800_000, "lr": 2e-3, "memory_lr": 3e-2,
+        "tokens": 800_000, "lr": 3e-3, "memory_lr": 1e-1,
     },
     "small": {
         "n_layer": 6, "n_head": 4, "n_embd": 256, "base_tokens": 1_200_000, "base_lr": 2e-3,
