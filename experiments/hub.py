@@ -125,27 +125,23 @@ def licence_of(base: str) -> str:
 def model_card(base: str, method: str, model: PreTrainedModel, added: int) -> str:
     """README.md of a deeper model; added: its new parameters."""
     licence = licence_of(base)
-    on_the_hub = not os.path.exists(base)
-    head = ["---", "library_name: transformers"]
-    head += [f"base_model: {base}"] if on_the_hub else []
-    head += [f"license: {licence}"] if licence != "unknown" else []
-    name = os.path.basename(os.path.normpath(base))
-    config = model.config
-    lines = [
-        "---",
-        f"# {name}, deeper by {method}",
-        "",
-        f"- base: {base if on_the_hub else name}; its licence: {licence}",
-        f"- {len(config.new_layers)} new layers with {added:,} parameters; in the stack, counted "
-        f"from 0: {config.new_layers}",
-    ]
+    name = os.path.basename(os.path.normpath(base)) if os.path.exists(base) else base
+    new = model.config.new_layers
+    card = f"""---
+library_name: transformers
+license: {licence}
+---
+# {name}, deeper by {method}
+
+- base: {name}; its licence: {licence}
+- {len(new)} new layers with {added:,} parameters; in the stack, counted from 0: {new}
+"""
     if method == "midus":
-        lines += [
-            f"- memory: {config.midus}",
-            "- The new layers are Head-wise Memory Layers (MIDUS, arXiv 2512.13751); their code is "
-            "beside the weights, so loading takes `trust_remote_code=True`.",
-        ]
-    return "\n".join(head + lines) + "\n"
+        card += f"""- memory: {model.config.midus}
+- The new layers are Head-wise Memory Layers (MIDUS, arXiv 2512.13751). Their code lies beside the
+  weights, so loading takes `trust_remote_code=True`.
+"""
+    return card
 
 
 # ---- A deeper stack ------------------------------------------------------------------------------
@@ -251,7 +247,7 @@ def upscale_flags() -> argparse.ArgumentParser:
     add("base", help="a name on the Hub, a folder of transformers, or a .gguf file")
     add("--method", choices=methods, default="midus", help="(default midus)")
     add("--positions", type=common.whole_numbers, help="new layers right after these: 1,3,5")
-    add("--n_new", type=common.whole_number, help="so many new layers, spread evenly")
+    add("--n_new", type=common.whole_number, help="so many new layers (default: one per two)")
     add("--query", choices=("head", "token"), help="what a head asks with (default head)")
     add("--n_keys", type=common.whole_number, help="keys per half (default: by the width)")
     add("--top_k", type=common.whole_number, help="slots read per head (default: by the width)")
@@ -344,10 +340,10 @@ def sum_nll(model: nn.Module, tokens: np.ndarray, block_size: int) -> tuple[floa
 
 
 # ---- Training ------------------------------------------------------------------------------------
-class Trainer(transformers.Trainer):
-    """With the optimizer and the schedule of train.py: banks have a rate of their own, memory_lr.
+class BankTrainer(transformers.Trainer):
+    """Trainer with the optimizer and the schedule of train.py: banks have their own memory_lr.
 
-    Both are made in methods, since FSDP takes none that are made before.
+    Both are made in a method, since FSDP takes none that are made before.
     """
 
     memory_lr: float
@@ -355,16 +351,11 @@ class Trainer(transformers.Trainer):
     def create_optimizer(self, model: nn.Module | None = None) -> torch.optim.Optimizer:
         # An entry of a bank is read seldom: it has few steps to learn in, and decay would shrink it
         # in all others. Vectors do not decay either.
-        banks, vectors, matrices = [], [], []
-        for name, parameter in (model or self.model).named_parameters():
-            if not parameter.requires_grad:
-                continue
-            if name.endswith("hive.bank"):
-                banks.append(parameter)
-            elif parameter.dim() < 2:
-                vectors.append(parameter)
-            else:
-                matrices.append(parameter)
+        named = dict((model or self.model).named_parameters())
+        named = {name: p for name, p in named.items() if p.requires_grad}
+        banks = [named.pop(name) for name in list(named) if name.endswith("hive.bank")]
+        vectors = [p for p in named.values() if p.dim() < 2]
+        matrices = [p for p in named.values() if p.dim() >= 2]
         groups = [
             {"params": matrices, "weight_decay": 0.1},
             {"params": vectors, "weight_decay": 0.0},
@@ -372,14 +363,13 @@ class Trainer(transformers.Trainer):
         ]
         lr = self.args.learning_rate
         self.optimizer = torch.optim.AdamW(groups, lr=lr, betas=(0.9, 0.95))
-        return self.optimizer
 
-    def create_scheduler(self, num_training_steps: int, optimizer=None):
-        warmup = num_training_steps // 20
+        # A rise over a twentieth of the steps, then half a cosine.
+        steps = self.args.max_steps
         self.lr_scheduler = torch.optim.lr_scheduler.LambdaLR(
-            optimizer or self.optimizer, lambda step: schedule(step, warmup, num_training_steps)
+            self.optimizer, lambda step: schedule(step, steps // 20, steps)
         )
-        return self.lr_scheduler
+        return self.optimizer
 
 
 def open_folder(folder: str, block_size: int) -> tuple[PreTrainedModel, object]:
@@ -438,7 +428,6 @@ def train_flags() -> argparse.ArgumentParser:
     add("--eval_tokens", type=common.whole_number, default=20000, help="(default 20000)")
     add("--save_every", type=common.whole_number, default=100, help="steps (default 100)")
     add("--bf16", action="store_true", help="compute in bf16: faster on newer GPUs and CPUs")
-    add("--report_to", default="none", help="wandb, tensorboard, ... (default: none)")
     add("--seed", type=common.seed_number, default=0, help="of the data's order (default 0)")
     add("--out", type=os.path.normpath, default="trained", help="a new folder (default ./trained)")
     add("--resume", action="store_true", help="go on with the same command that was cut off")
@@ -476,7 +465,7 @@ def trainer_settings(args: argparse.Namespace, work: str) -> transformers.Traini
         bf16=args.bf16,
         use_cpu=not torch.cuda.is_available(),
         ddp_find_unused_parameters=False,
-        report_to=args.report_to,
+        report_to="none",
     )
 
 
@@ -503,6 +492,8 @@ def train(args: argparse.Namespace) -> None:
     check_run(args, work)
     settings = trainer_settings(args, work)
     model, tokenizer = open_folder(args.folder, args.block_size)
+    with open(os.path.join(args.folder, "README.md"), encoding="utf-8") as file:
+        card = file.read()
 
     # Of several processes the first makes the tokens, speaks, and writes.
     is_first = settings.process_index == 0
@@ -524,7 +515,7 @@ def train(args: argparse.Namespace) -> None:
     )
 
     def measure() -> dict[str, float]:
-        """Perplexity by held-out text. Every process measures, as a model cut in parts needs."""
+        """Perplexity by held-out text. All processes measure the same; the first one says it."""
         found = {}
         model.eval()
         for name, tokens in held_out.items():
@@ -539,7 +530,7 @@ def train(args: argparse.Namespace) -> None:
     before = measure()
     sequences = [{"input_ids": row, "labels": row} for row in rows]
     collate = transformers.default_data_collator
-    trainer = Trainer(model, settings, train_dataset=sequences, data_collator=collate)
+    trainer = BankTrainer(model, settings, train_dataset=sequences, data_collator=collate)
     trainer.memory_lr = args.memory_lr
     checkpoint = last_checkpoint(work) if args.resume else None
     if args.resume:
@@ -553,15 +544,14 @@ def train(args: argparse.Namespace) -> None:
         raise FloatingPointError("the model has diverged; try a lower --lr or --memory_lr")
 
     # The whole model is written, base included.
-    story = [f"{settings.max_steps} steps of {args.batch_size} x {args.block_size} tokens of "]
-    story[0] += args.dataset
+    batch = f"{args.batch_size} x {args.block_size} tokens"
+    story = [f"trained for {settings.max_steps} steps of {batch} of {args.dataset}"]
     for name in held_out:
         story.append(f"perplexity of {name}: {before[name]:.2f} before, {after[name]:.2f} after")
     model._keys_to_ignore_on_save = set()
     weights = trainer.accelerator.get_state_dict(trainer.model_wrapped)
     if is_first:
-        with open(os.path.join(args.folder, "README.md"), encoding="utf-8") as file:
-            card = file.read() + "".join(f"- {line}\n" for line in story)
+        card += "".join(f"- {line}\n" for line in story)
         write_folder(args.out, model, weights, tokenizer, card)
         shutil.rmtree(work)
     print(*story, sep="\n")
