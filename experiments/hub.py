@@ -33,7 +33,16 @@ sys.path.insert(0, ROOT)
 import common
 from data import DATASETS, find_source, read_text
 from train import schedule
-from upscale import interleave, memory_sizes, overlap, place
+from upscale import (
+    METHODS,
+    PLACEMENT,
+    add_flags,
+    check_count,
+    given_options,
+    interleave,
+    memory_sizes,
+    place,
+)
 
 try:
     import accelerate  # noqa: F401 (Trainer needs it)
@@ -145,20 +154,20 @@ license: {licence}
 
 
 # ---- A deeper stack ------------------------------------------------------------------------------
-def new_stack(args: argparse.Namespace, n_layer: int) -> tuple[list[int], list[int]]:
+def new_stack(method: str, n_layer: int, **placement) -> tuple[list[int], list[int]]:
     """Which layer of the base each layer of the new stack is made from, and which are new; from 0.
 
-    Raises ValueError for what cannot be.
+    placement: every, positions, n_new. Raises ValueError for what cannot be.
     """
-    if args.method != "solar":
-        in_the_middle = args.method == "midus"
-        positions = place(n_layer, in_the_middle, positions=args.positions, n_new=args.n_new)
-        return interleave(n_layer, positions)
+    if method != "solar":
+        return interleave(n_layer, place(n_layer, method == "midus", **placement))
 
-    n_new = args.n_new or max(1, n_layer // 2)
-    if args.positions or n_new > n_layer:
-        raise ValueError(f"solar has one seam, in the middle: it takes --n_new, up to {n_layer}")
-    return overlap(n_layer, n_new)
+    # Two overlapping copies of the stack; of six layers and two new ones 1 2 3 4 and 3 4 5 6.
+    n_new = placement.get("n_new", max(1, n_layer // 2))
+    check_count("n_new", n_new, n_layer)
+    seam = n_layer - (n_layer - n_new) // 2
+    sources = [*range(seam), *range(seam - n_new, n_layer)]
+    return sources, list(range(seam, seam + n_new))
 
 
 def output_projections(layer: nn.Module) -> list[nn.Module]:
@@ -243,34 +252,29 @@ def logits_of(model: PreTrainedModel, tokens: Tensor, dtype: torch.dtype) -> Ten
 def upscale_flags() -> argparse.ArgumentParser:
     parser = common.Parser("Makes a model of transformers deeper, without training it.")
     add = parser.add_argument
-    methods = ("midus", "llama-pro", "solar")
     add("base", help="a name on the Hub, a folder of transformers, or a .gguf file")
-    add("--method", choices=methods, default="midus", help="(default midus)")
-    add("--positions", type=common.whole_numbers, help="new layers right after these: 1,3,5")
-    add("--n_new", type=common.whole_number, help="so many new layers (default: one per two)")
-    add("--query", choices=("head", "token"), help="what a head asks with (default head)")
-    add("--n_keys", type=common.whole_number, help="keys per half (default: by the width)")
-    add("--top_k", type=common.whole_number, help="slots read per head (default: by the width)")
-    add("--d_latent", type=common.whole_number, help="width of an entry (default: by the width)")
+    add("--method", choices=METHODS, default="midus", help="(default midus)")
     add("--seed", type=common.seed_number, default=0, help="of keys and projections (default 0)")
     add("--out", type=os.path.normpath, default="deeper", help="a new folder (default ./deeper)")
     add("--overwrite", action="store_true", help="replace the model in --out")
+    add_flags(parser)
     return parser
 
 
 def upscale(args: argparse.Namespace) -> None:
     check_out(args.out, args.overwrite)
-    asked = {name: getattr(args, name) for name in ("query", "n_keys", "top_k", "d_latent")}
-    asked = {name: value for name, value in asked.items() if value is not None}
-    if asked and args.method != "midus":
-        raise ValueError(f"{args.method} has no memory; leave out --{', --'.join(asked)}")
+    options = given_options(args)
+    useless = [f"--{name}" for name in options if name not in METHODS[args.method].options]
+    if useless:
+        raise ValueError(f"{args.method} takes no {', '.join(useless)}")
+    placement = {name: options.pop(name) for name in PLACEMENT if name in options}
 
     # The base, and what it says to a few tokens.
     print(f"opening {args.base}", flush=True)
     model, tokenizer = open_base(args.base)
     config = model.eval().config
     refuse_misfit(model, args.method)
-    sources, new = new_stack(args, config.num_hidden_layers)
+    sources, new = new_stack(args.method, config.num_hidden_layers, **placement)
     torch.manual_seed(args.seed)
     length = min(64, config.max_position_embeddings)
     tokens = torch.randint(config.vocab_size, (2, length))  # (B, T)
@@ -279,7 +283,7 @@ def upscale(args: argparse.Namespace) -> None:
     before = model.num_parameters()
 
     # The deeper model, and what it says. Midus and llama-pro print 0, solar does not.
-    memory = {"query": "head", **memory_sizes(config.hidden_size), **asked}
+    memory = {"query": "head", **memory_sizes(config.hidden_size), **options}
     deepen(model, args.method, sources, new, memory)
     added = model.num_parameters() - before
     mark = "M" if args.method == "midus" else "C"

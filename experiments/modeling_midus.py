@@ -67,7 +67,7 @@ class MemoryLayer(nn.Module):
     """x + HML(query), where query comes from a decoder layer's norm and attention.
 
     layer: the decoder layer whose norm and attention this one takes over; its feed-forward part is
-    left out. config.midus: n_keys, top_k, d_latent and query, "head" or "token":
+    left out. config.midus: the sizes of HeadwiseMemory, and query, "head" or "token":
 
         head    a head asks with its own output, before any output projection (as published)
         token   a head asks with its slice of x + attention, output projection included
