@@ -49,6 +49,7 @@ try:
     import transformers
     from huggingface_hub import ModelCard
     from safetensors import SafetensorError
+    from safetensors.torch import load_model
     from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 except ImportError as error:
     sys.exit(f'error: {error}; pip install "transformers==5.24.0" accelerate')
@@ -540,7 +541,11 @@ def train(args: argparse.Namespace) -> None:
     if args.resume:
         print(f"going on from {checkpoint or 'the start: no checkpoint was whole'}", flush=True)
     try:
-        trainer.train(resume_from_checkpoint=checkpoint)
+        if checkpoint and checkpoint.endswith(f"-{settings.max_steps}"):
+            # All steps are done; Trainer would make one more.
+            load_model(model, os.path.join(checkpoint, "model.safetensors"), strict=False)
+        else:
+            trainer.train(resume_from_checkpoint=checkpoint)
     except KeyboardInterrupt:
         raise KeyboardInterrupt("interrupted; the same command with --resume goes on") from None
     after = measure()

@@ -304,6 +304,15 @@ def test_new_layers_alone_train_and_a_resumed_run_ends_the_same(
     assert all(torch.equal(whole[name], resumed[name]) for name in whole)
     assert not os.path.exists("trained.checkpoints")
 
+    # Cut off after the last step, while the result was measured: no step is made twice.
+    write = hub.write_folder
+    monkeypatch.setattr(hub, "write_folder", lambda *arguments: 1 / 0)
+    assert run("train", "deeper", *here(text), "--out", "late") == 1
+    monkeypatch.setattr(hub, "write_folder", write)
+    assert run("train", "deeper", *here(text), "--out", "late", "--resume") == 0
+    late = weights("late")
+    assert all(torch.equal(whole[name], late[name]) for name in whole)
+
 
 def process(*words, **options):
     """A fresh process, without the repository on its path, and without network."""
