@@ -177,10 +177,11 @@ def output_projections(layer: nn.Module) -> list[nn.Module]:
     Raises ValueError if there are not just these two.
     """
     _, attention, output = parts(layer)
+    mlp = getattr(layer, "mlp", None)
     for name in ("down_proj", "c_proj"):
-        if hasattr(layer.mlp, name):
-            return [getattr(attention, output), getattr(layer.mlp, name)]
-    raise ValueError(f"{type(layer.mlp).__name__} has no single output projection to silence")
+        if hasattr(mlp, name):
+            return [getattr(attention, output), getattr(mlp, name)]
+    raise ValueError(f"{type(layer).__name__} has no single mlp whose output one could silence")
 
 
 def refuse_misfit(model: PreTrainedModel, method: str) -> None:

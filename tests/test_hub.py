@@ -201,7 +201,7 @@ def test_what_does_not_fit_is_refused_in_a_sentence(run, capsys, base, text):
         "wide": (wide, "midus", "4 heads of 16 are not as wide as the model, 32"),
         "olmo2": (transformers.Olmo2Config(**small), "midus", "no norm before attention"),
         "mixed": (mixed, "midus", "full_attention and sliding_attention"),
-        "experts": (transformers.MixtralConfig(**small, **experts), "llama-pro", "to silence"),
+        "experts": (transformers.MixtralConfig(**small, **experts), "llama-pro", "no single mlp"),
         "qwen3": (transformers.Qwen3Config(**small, head_dim=8), "midus", "no class for qwen3"),
     }
     for name, (config, method, sentence) in bases.items():
