@@ -170,7 +170,7 @@ def print_table(title: str, rows: list[dict]) -> None:
 
 # ---- Block against block -------------------------------------------------------------------------
 def topk_by_rounds(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """hml.topk as k rounds of a search for the largest that is left.
+    """hml.topk, for finite scores, as k rounds of a search for the largest that is left.
 
     torch.compile can make one kernel of all rounds, which reads a row once; topk on CUDA takes a
     thread block for a row.
@@ -582,9 +582,10 @@ def bf16(args: Namespace) -> None:
     searches = {i: b.memory.product_keys for i, b in enumerate(model.h) if hasattr(b, "memory")}
     if not searches:
         raise ValueError(f"{args.checkpoint} has no memory blocks")
-    there = os.path.isdir(info.get("data_dir", ""))
-    source = (info["dataset"], info["tokenizer"], info["data_dir"] if there else "data")
-    tokens = load_dataset(*source, ("valid",))["valid"].tokens[:32769]
+    name = info.get("dataset", "pycode")
+    theirs = info.get("data_dir") or ""  # which may have been on another machine
+    source = (name, info["tokenizer"], theirs if os.path.isdir(theirs) else "data", ("valid",))
+    tokens = load_dataset(*source)["valid"].tokens[:32769]
 
     changed = {keys: [] for keys in searches.values()}
 
@@ -606,29 +607,24 @@ def bf16(args: Namespace) -> None:
         sets = torch.cat(changed[keys])
         share = sets.float().mean().item()
         rows.append({"block": i + 1, "sets": len(sets), "changed by bf16": f"{share:.1%}"})
-    print_table(f"Sets of k={model.config.top_k} slots, {info['dataset']}, validation", rows)
+    print_table(f"Sets of k={model.config.top_k} slots, validation text of {name}", rows)
 
 
 # ---- The command ---------------------------------------------------------------------------------
-TABLES = {
-    "blocks": blocks,
-    "parts": parts,
-    "layers": layers,
-    "growth": growth,
-    "tricks": tricks,
+ON_A_CPU = {"blocks": blocks, "parts": parts, "layers": layers, "growth": growth, "tricks": tricks}
+ON_A_GPU = {
     "agreement": agreement,
+    "blocks": blocks,
     "search": search,
     "whole": whole,
     "loss": loss,
     "first_steps": first_steps,
-    "bf16": bf16,
 }
-ON_A_CPU = ["blocks", "parts", "layers", "growth", "tricks"]
-ON_A_GPU = ["agreement", "blocks", "search", "whole", "loss", "first_steps"]
+TABLES = ON_A_CPU | ON_A_GPU | {"bf16": bf16}
 
 
 def parse_arguments() -> Namespace:
-    parser = common.Parser("What a memory block costs.")
+    parser = common.Parser("What does a memory block cost?")
     add = parser.add_argument
     add("--tables", help=f"of {', '.join(TABLES)}; a,b (default: those of the device)")
     add("--device", help="cpu, cuda or mps (default: the best there is)")
@@ -654,7 +650,7 @@ def parse_arguments() -> Namespace:
         names = ["bf16"]
     else:
         names = ON_A_GPU if on_gpu else ON_A_CPU
-    args.tables = names
+    args.tables = list(names)
     if args.dtype is None:
         args.dtype = "bfloat16" if on_gpu and common.has_bf16(args.device) else "float32"
     args.dtype = getattr(torch, args.dtype)
