@@ -108,15 +108,11 @@ def step(module: Callable, inputs: Tensor, args: Namespace) -> Callable[[], None
     return call
 
 
-def infer(module: nn.Module, args: Namespace, *inputs) -> Callable[[], None]:
+@torch.no_grad()
+def infer(module: nn.Module, args: Namespace, *inputs) -> None:
     """A forward pass without gradients."""
-
-    @torch.no_grad()
-    def call() -> None:
-        with autocast(args):
-            module(*inputs)
-
-    return call
+    with autocast(args):
+        module(*inputs)
 
 
 def patched(function: Callable, **ways: Callable) -> Callable:
@@ -220,15 +216,18 @@ def blocks(args: Namespace) -> None:
                 trained["memory, compiled"] = compiled
                 trained["by rounds"] = patched(compiled, topk=topk_by_rounds)
             trained = turns(trained, args)
-            inferred = {"copied": infer(copied, args, x), "memory": infer(memory, args, x)}
+            inferred = {
+                "copied": partial(infer, copied, args, x),
+                "memory": partial(infer, memory, args, x),
+            }
             inferred = turns(inferred, args)
 
             # One token more, after T that are in the cache.
             one = torch.randn(B, 1, C, device=args.device)
             past = torch.randn(B, H, T, C // H, device=args.device)
             decoded = {
-                "copied": lambda: infer(copied, args, one, {"k": past, "v": past})(),
-                "memory": lambda: infer(memory, args, one, {"k": past, "v": past})(),
+                "copied": lambda: infer(copied, args, one, {"k": past, "v": past}),
+                "memory": lambda: infer(memory, args, one, {"k": past, "v": past}),
             }
             decoded = turns(decoded, args)
             row = {
