@@ -24,6 +24,7 @@ CPU = Namespace(device=torch.device("cpu"), dtype=torch.float32)
 def test_every_table(table, monkeypatch, capsys):
     """With torch.compile's place taken: to compile takes minutes."""
     monkeypatch.setattr(torch, "compile", lambda function: function)
+    monkeypatch.setattr(torch.compiler, "reset", lambda: None)  # to import it takes seconds
     monkeypatch.setattr(bench, "C", 96)
     monkeypatch.setattr(train, "main", lambda: train.parse_arguments())  # its flags are flags
     flags = ("--device", "cpu", "--quick", "--compile", "--tables", table)
