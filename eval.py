@@ -219,22 +219,23 @@ def evaluate(model: GPT, tokens: np.ndarray, text: str, stride: int | None, desc
 
 def print_report(report: dict, base: dict | None) -> None:
     """Each figure, beside it the base's if there is one, and what it was divided by."""
+    tokens, words, size = report["tokens"], report["words"], report["bytes"]
     rows = [
-        ("token-level perplexity", "token_perplexity", f"exp(NLL / {report['tokens']:,} tokens)"),
-        ("word-level perplexity", "word_perplexity", f"exp(NLL / {report['words']:,} words)"),
-        ("bits per byte", "bits_per_byte", f"NLL / ln 2 / {report['bytes']:,} bytes"),
-        ("tokens/s", "tokens_per_second", "with the time to count reads"),
+        ("token-level perplexity", "token_perplexity", ".3f", f"exp(NLL / {tokens:,} tokens)"),
+        ("word-level perplexity", "word_perplexity", ".3f", f"exp(NLL / {words:,} words)"),
+        ("bits per byte", "bits_per_byte", ".4f", f"NLL / ln 2 / {size:,} bytes"),
+        ("tokens/s", "tokens_per_second", ",.0f", "with the time to count reads"),
     ]
     # Where tokens are bytes, a word is so many of them that its perplexity says nothing.
-    if report["tokens"] > 3 * report["words"]:
+    if tokens > 3 * words:
         del rows[1]
 
     # The model itself, and the base where there is one.
     columns = [report] if base is None else [report, base]
     titles = ["this model", "its base"]
     print(f"{'':24}" + "".join(f"{title:>14}" for title in titles[: len(columns)]))
-    for name, key, meaning in rows:
-        figures = "".join(f"{column[key]:14,.3f}" for column in columns)
+    for name, key, form, meaning in rows:
+        figures = "".join(f"{column[key]:14{form}}" for column in columns)
         print(f"{name:24}{figures}    {meaning}")
 
 
