@@ -32,6 +32,7 @@ def pick_device(name: str | None = None) -> torch.device:
 
     Raises ValueError if the machine lacks it, or has an NVIDIA card that torch cannot use.
     """
+    # What there is, the CPU always.
     available = ["cpu"]
     if torch.cuda.is_available():
         available.append("cuda")
@@ -39,10 +40,11 @@ def pick_device(name: str | None = None) -> torch.device:
     if torch.backends.mps.is_available():  # has to be asked for: nobody has tried it there
         available.append("mps")
 
+    # Without a name the best that was tried. A card that cannot be used is an error: else GPT-2
+    # would be trained on the CPU without a word, which takes weeks.
     if name is None and "cuda" in available:
         name = "cuda"
     if name is None:
-        # Else GPT-2 would be trained on the CPU without a word, which takes weeks.
         if torch.version.cuda is not None and shutil.which("nvidia-smi"):
             raise ValueError(
                 f"this torch, built for CUDA {torch.version.cuda}, cannot use the NVIDIA card: its "
@@ -89,6 +91,7 @@ def join_processes(device: torch.device) -> torch.device:
 
     Raises ValueError if there is no device for it.
     """
+    # torchrun tells each process the number of all, and its own.
     if int(os.environ.get("WORLD_SIZE", 1)) == 1:
         return device
     if device.type == "cuda":
@@ -123,6 +126,7 @@ def is_main() -> bool:
 
 def main_process_first(function: Callable[[], object]) -> object:
     """What function returns. Rank 0 calls it first; the others then find what it has written."""
+    # A download or a cache of tokens is made once, and not by several processes in one file.
     if is_main():
         result = function()
     if dist.is_initialized():
@@ -133,6 +137,7 @@ def main_process_first(function: Callable[[], object]) -> object:
 
 
 def mean_over_processes(value: float, device: torch.device) -> float:
+    # Every process must come by here, or the others wait forever.
     if not dist.is_initialized():
         return value
     total = torch.tensor(value, device=device)
@@ -175,6 +180,7 @@ def written_whole(path: str) -> Iterator[str]:
 
 
 def file_sha256(path: str) -> str:
+    # In pieces of a MiB, since a file of weights may be larger than the memory.
     digest = hashlib.sha256()
     with open(path, "rb") as file:
         while piece := file.read(1 << 20):
@@ -277,6 +283,7 @@ def new_file(*endings: str) -> Callable[[str], str]:
     """Reads a path where a file of this kind can be written; figures never replace a checkpoint."""
 
     def read(text: str) -> str:
+        # Refused now, not after hours of work.
         folder = os.path.dirname(text) or "."
         if not os.access(folder, os.W_OK) or os.path.isdir(text):
             raise argparse.ArgumentTypeError(f"{text}: no file can be written there")
@@ -289,6 +296,7 @@ def new_file(*endings: str) -> Callable[[str], str]:
 
 def data_folder(text: str) -> str:
     """The absolute path of a folder that is there, or can be made, and written to."""
+    # Up to a folder that exists: what is missing below it can be made later.
     path = os.path.abspath(text)
     existing = path
     while not os.path.exists(existing):
@@ -307,8 +315,9 @@ class Parser(argparse.ArgumentParser):
 
     def parse_args(self, *args, **kwargs) -> argparse.Namespace:
         parsed = super().parse_args(*args, **kwargs)
+        # What argparse makes of --lr=--.
         for name, value in vars(parsed).items():
-            if value == []:  # what argparse makes of --lr=--
+            if value == []:
                 self.error(f"--{name} needs a value")
         return parsed
 
@@ -347,13 +356,9 @@ def one_line(error: BaseException, length: int = 500) -> str:
     return " ".join(str(error).split())[:length]
 
 
-# What torch calls RuntimeError though it is none of ours: no memory, numbers gone wrong.
-FAULTS = (
-    "out of memory",
-    "allocate memory",
-    "enough memory",
-    "probability tensor contains",
-)
+# What torch calls RuntimeError though the code is right: no memory, numbers gone wrong.
+NO_MEMORY = ("out of memory", "allocate memory", "enough memory")
+FAULTS = (*NO_MEMORY, "probability tensor contains")
 
 
 def exit_status(error: BaseException) -> int | None:
@@ -389,6 +394,7 @@ def run_command(main: Callable[[], None]) -> None:
         status = exit_status(error)
         if status is None:
             raise
-        hint = "; a larger --grad_accum needs less memory" if "memory" in str(error) else ""
+        no_memory = any(words in str(error) for words in NO_MEMORY)
+        hint = "; a larger --grad_accum needs less memory" if no_memory else ""
         print(f"error: {one_line(error)}{hint}", file=sys.stderr)
         sys.exit(status)

@@ -199,6 +199,7 @@ def find_source(name: str, split: str, data_dir: str) -> tuple[str, str | None]:
     Your own wiki.{train,valid,test}.{raw,tokens} in data_dir come before a download. Raises
     ValueError for an unknown dataset, OSError if there is neither file nor network.
     """
+    # What this Python brings along; another version has other texts.
     if name in ("pydocs", "pycode"):
         version = platform.python_version()
         path = os.path.join(data_dir, f"{name}-{version}", f"wiki.{split}.txt")
@@ -317,8 +318,9 @@ def load_dataset(
 
     Raises ValueError, ArgumentTypeError or OSError, one sentence each.
     """
-    vocab_size(tokenizer)  # refuses a bad name before any download
-    data_folder(data_dir)  # a checkpoint may name one that this machine lacks
+    # What can be refused comes before any download.
+    vocab_size(tokenizer)
+    data_folder(data_dir)
     return {split: load_split(name, split, tokenizer, data_dir) for split in splits}
 
 

@@ -145,7 +145,7 @@ def count_usage(model: GPT) -> Iterator[dict[int, dict[str, Tensor]]]:
 
         return model.h[block].memory.product_keys.register_forward_hook(add)
 
-    blocks = [block for block, kind in enumerate(model.config.blocks) if kind == "M"]
+    blocks = [i for i, block in enumerate(model.h) if hasattr(block, "memory")]
     hooks = [watch(block) for block in blocks]
     try:
         yield counts
@@ -174,11 +174,14 @@ def usage(counts: dict[str, Tensor]) -> dict[str, float]:
 # ---- The report ----------------------------------------------------------------------------------
 def base_of(model: GPT) -> GPT:
     """The model without its new blocks, sharing all weights: its base, if only those trained."""
+    # A stack of the old blocks alone.
     old = [i for i in range(model.config.n_layer) if i not in model.config.new]
     config = dataclasses.replace(model.config, n_layer=len(old), blocks="T" * len(old), new=())
     with torch.device("meta"):  # no memory for weights that are replaced at once
         base = GPT(config)
-    base.wte, base.wpe, base.ln_f = model.wte, model.wpe, model.ln_f
+    base.wte = model.wte
+    base.wpe = model.wpe
+    base.ln_f = model.ln_f
     base.h = nn.ModuleList(model.h[i] for i in old)
     return base
 
@@ -196,6 +199,8 @@ def evaluate(model: GPT, tokens: np.ndarray, text: str, stride: int | None, desc
     with count_usage(model) as counts:
         nll, count = sum_nll(model, tokens, stride, desc)
     seconds = time.perf_counter() - start
+
+    # The text itself says what to divide by.
     words = count_words(text)
     size = len(text.encode())
     return {
@@ -214,18 +219,24 @@ def evaluate(model: GPT, tokens: np.ndarray, text: str, stride: int | None, desc
 
 def print_report(report: dict, base: dict | None) -> None:
     """Each figure, beside it the base's if there is one, and what it was divided by."""
+    tokens, words, size = report["tokens"], report["words"], report["bytes"]
+    rows = [
+        ("token-level perplexity", "token_perplexity", ".3f", f"exp(NLL / {tokens:,} tokens)"),
+        ("word-level perplexity", "word_perplexity", ".3f", f"exp(NLL / {words:,} words)"),
+        ("bits per byte", "bits_per_byte", ".4f", f"NLL / ln 2 / {size:,} bytes"),
+        ("tokens/s", "tokens_per_second", ",.0f", "with the time to count reads"),
+    ]
+    # Where tokens are bytes, a word is so many of them that its perplexity says nothing.
+    if tokens > 3 * words:
+        del rows[1]
 
-    def line(name: str, key: str, digits: int, meaning: str) -> None:
-        theirs = "" if base is None else f"{base[key]:12.{digits}f}"
-        print(f"{name:24}{report[key]:10.{digits}f}{theirs}    {meaning}")
-
-    if base is not None:
-        print(f"{'':24}{'this model':>10}{'its base':>12}")
-    line("token-level perplexity", "token_perplexity", 3, f"exp(NLL / {report['tokens']:,} tokens)")
-    if report["tokens"] <= 3 * report["words"]:  # of a model of bytes it says nothing: 16,077
-        line("word-level perplexity", "word_perplexity", 3, f"exp(NLL / {report['words']:,} words)")
-    line("bits per byte", "bits_per_byte", 4, f"NLL / ln 2 / {report['bytes']:,} bytes")
-    line("tokens/s", "tokens_per_second", 0, "with the time to count reads")
+    # The model itself, and the base where there is one.
+    columns = [report] if base is None else [report, base]
+    titles = ["this model", "its base"]
+    print(f"{'':24}" + "".join(f"{title:>14}" for title in titles[: len(columns)]))
+    for name, key, form, meaning in rows:
+        figures = "".join(f"{column[key]:14{form}}" for column in columns)
+        print(f"{name:24}{figures}    {meaning}")
 
 
 def print_usage(report: dict) -> None:
@@ -256,35 +267,39 @@ def continue_text(
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         tokens = model.generate(tokens, max_new_tokens, temperature, top_k)
+
     # A model may have more tokens than its tokenizer.
     known = [token for token in tokens[0].tolist() if token < tokenizer.n_vocab]
     return tokenizer.decode(known)
 
 
 # ---- The table that closes a training run --------------------------------------------------------
+SHARE = 100_000  # tokens of a validation split that the table looks at
+
+
 def closing_row(
     label: str, model: GPT, splits: dict[str, Split], tokenizer: str, prompt: str
 ) -> dict:
-    """Sizes, a sample, and the perplexity on each of splits ("new", "old"), whole."""
+    """Sizes, a sample, and the perplexity on each of splits ("new", "old")."""
     row = {
         "label": label,
         "parameters": sum(p.numel() for p in model.parameters()),
         "added": sum(p.numel() for i in model.config.new for p in model.h[i].parameters()),
-        "trained": sum(p.numel() for p in model.parameters() if p.requires_grad),
         "sample": continue_text(model, tokenizer, prompt, max_new_tokens=120),
     }
     for name, split in splits.items():
-        nll, count = sum_nll(model, split.tokens, desc=f"{label}: the {name} text")
+        nll, count = sum_nll(model, split.tokens[:SHARE], desc=f"{label}: the {name} text")
         row[name] = perplexity(nll, count)
     return row
 
 
 def print_closing_table(rows: list[dict], names: dict[str, str]) -> None:
     """names: of the texts, by column ("new", "old")."""
+    print(f"perplexity: token-level, on the first {SHARE:,} tokens of each validation split")
     columns = "".join(f"{f'{kind}: {name}':>18}" for kind, name in names.items())
-    print(f"{'':20}{'parameters':>12}{'added':>12}{'trained':>12}{columns}")
+    print(f"{'':20}{'parameters':>12}{'added':>12}{columns}")
     for row in rows:
-        sizes = f"{row['parameters']:12,}{row['added']:12,}{row['trained']:12,}"
+        sizes = f"{row['parameters']:12,}{row['added']:12,}"
         figures = "".join(f"{row[kind]:18.4f}" for kind in names)
         print(f"{row['label']:20}{sizes}{figures}")
 
@@ -294,7 +309,9 @@ def verdict(rows: list[dict], names: dict[str, str]) -> str:
 
     An up-scaled model has a row in between: how it started.
     """
-    first, last = rows[0], rows[-1]
+    # What was learned. A run that ends where it began, or worse, shall not end in silence.
+    first = rows[0]
+    last = rows[-1]
     sentences = []
     change = last["new"] / first["new"] - 1
     figures = f"perplexity on {names['new']} {first['new']:.2f} -> {last['new']:.2f}"
@@ -302,6 +319,8 @@ def verdict(rows: list[dict], names: dict[str, str]) -> str:
         sentences.append(f"Learned: {figures} ({change:+.0%}).")
     else:
         sentences.append(f"Nothing was learned: {figures} ({change:+.0%}). Try a lower --lr.")
+
+    # At what price: what was forgotten, and what was added.
     if "old" in names:
         change = last["old"] / first["old"] - 1
         word = "Forgotten" if change > 0 else "Nothing was forgotten"
@@ -361,14 +380,18 @@ def texts_to_read(args: argparse.Namespace, info: dict) -> dict[str, tuple[str, 
 
 def report_texts(model: GPT, info: dict, args: argparse.Namespace) -> None:
     """Evaluates the texts, prints the figures, and writes them to args.json if that is given."""
+    # How the text is read.
     tokenizer = info["tokenizer"]
     window = model.config.block_size
     stride = args.stride or window
     if stride > window:
         raise ValueError(f"--stride {stride} is more than the window, {window}")
+
+    # Where the new blocks alone were trained, the model without them is the base, to the last bit.
     only_new_trained = model.config.new and info.get("settings", {}).get("train") == "new"
     base = base_of(model) if only_new_trained else None
 
+    # Text by text.
     figures = {}
     for kind, (dataset, data_dir) in texts_to_read(args, info).items():
         tokens = load_dataset(dataset, tokenizer, data_dir, (args.split,))[args.split].tokens
@@ -386,7 +409,7 @@ def report_texts(model: GPT, info: dict, args: argparse.Namespace) -> None:
     print()
     print_usage(figures["new"])
 
-    # The same for a program.
+    # The same for a program: the new text's figures at the top, as if it were the only one.
     if args.json:
         about = {
             "checkpoint": args.checkpoint,

@@ -200,8 +200,8 @@ class ProductKeys(nn.Module):
 
     def forward(self, query: Tensor) -> tuple[Tensor, Tensor]:
         """query (B, T, H, d_h) -> weights, fp32, each k summing to 1, and slots: (B, T, H, k)."""
-        # In fp32 under autocast too: scores in bf16 would change 13% of the sets of k=8 slots. But
-        # where torch is set to use TF32, it does so here: 0.6% of the sets of k=16 (simulated).
+        # In fp32 under autocast too. With scores in bf16, 6.5 to 6.7% of the sets of k=8 slots would
+        # be others, on the queries of the README's first run (experiments/bench.py --checkpoint).
         with torch.autocast(query.device.type, enabled=False):
             query = query.float()
             if self.query_norm:

@@ -152,6 +152,7 @@ class TransformerBlock(nn.Module):
         self.mlp = MLP(config)
 
     def forward(self, x: Tensor, cache: dict | None = None) -> Tensor:
+        # First between tokens, then within each token.
         x = x + self.attn(self.ln_1(x), cache)
         x = x + self.mlp(self.ln_2(x))
         return x
@@ -169,6 +170,7 @@ class MemoryBlock(nn.Module):
 
     def __init__(self, config: GPTConfig):
         super().__init__()
+        # Names as in TransformerBlock, so that LN, Q, K and V (and c_proj) can be copied from one.
         self.query = config.query
         self.ln_1 = nn.LayerNorm(config.n_embd)
         self.attn = Attention(config, project=config.query == "token")
@@ -240,14 +242,15 @@ class GPT(nn.Module):
             longest = self.config.block_size
             raise ValueError(f"a sequence of {end} tokens is longer than the model's {longest}")
 
-        # Up the stack.
+        # Up the stack: every block adds to what runs past it.
         positions = torch.arange(start, end, device=tokens.device)  # (T,)
         x = self.wte(tokens) + self.wpe(positions)  # (B, T, C)
         for i, block in enumerate(self.h):
             x = block(x, cache[i] if cache is not None else None)  # (B, T, C)
         x = self.ln_f(x)
 
-        # A token's logit is the dot product of its embedding with the stack's output.
+        # A token's logit is the dot product of its embedding with the stack's output. The loss is
+        # taken in fp32, whatever the logits were computed in.
         logits = F.linear(x, self.wte.weight)  # (B, T, vocab)
         if targets is None:
             return logits
@@ -305,6 +308,7 @@ def count_parameters(model: GPT, blocks: tuple[int, ...] | None = None) -> dict[
         (".ln_2.", "mlp"),
         ("", "embeddings"),  # and ln_f
     )
+    # Every parameter counts once, whatever blocks share it.
     counts = {}
     for name, parameter in model.named_parameters():
         # h.3.attn.c_attn.weight belongs to block 3.
@@ -407,6 +411,7 @@ def open_model(name: str, data_dir: str = "data") -> tuple[GPT, dict]:
     GPT-2 is downloaded once, into data_dir. Raises ValueError for what is no model, OSError if the
     download fails.
     """
+    # Published weights, by name or from a file of your own.
     if name in PRETRAINED:
         path = os.path.join(data_dir, f"{name}.bin")
         hint = f"A file of your own in that layout can be named instead of {name}, as FILE.bin."

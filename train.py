@@ -22,7 +22,6 @@ import shlex
 import sys
 import time
 from argparse import Namespace
-from collections.abc import Callable
 from contextlib import nullcontext
 from importlib.util import find_spec
 
@@ -56,7 +55,7 @@ PRESETS = {
     "tiny": {
         "n_layer": 4, "n_head": 4, "n_embd": 128, "base_tokens": 1_600_000, "base_lr": 3e-3,
         "block_size": 64, "batch_size": 16, "grad_accum": 1,
-        "tokens": 800_000, "lr": 2e-3, "memory_lr": 3e-2,
+        "tokens": 800_000, "lr": 3e-3, "memory_lr": 1e-1,
     },
     "small": {
         "n_layer": 6, "n_head": 4, "n_embd": 256, "base_tokens": 1_200_000, "base_lr": 2e-3,
@@ -70,16 +69,21 @@ PRESETS = {
     },
 }
 # fmt: on
+TINY_SPEED = 18_000  # tokens per second that the tiny preset trains on one core of a server
 OF_THE_MACHINE = ("data_dir", "old_data_dir", "dtype", "compile", "threads", "grad_accum")
 
 
-def parse_arguments() -> argparse.Namespace:
-    """The flags. One that was not given is None: a preset, the base or a checkpoint decides."""
+def parse_arguments(words: list[str] | None = None) -> argparse.Namespace:
+    """The flags. One that was not given is None: a preset, the base or a checkpoint decides.
+
+    words: instead of the command's own.
+    """
     parser = common.Parser("Train a GPT, or up-scale one and train it on.")
     whole = common.whole_number
     real = common.real_number
     folder = common.data_folder
 
+    # What is trained, and on what.
     add = parser.add_argument_group("what").add_argument
     add("--upscale", choices=("none", *METHODS), help="how it becomes deeper (default none)")
     add("--base", help="scratch (default), gpt2 (default for wikitext), gpt2-medium, ..., a file")
@@ -91,6 +95,7 @@ def parse_arguments() -> argparse.Namespace:
     add("--train", help="new blocks, all, or blocks from 1: 2,4 (default: as the method's authors)")
     add("--preset", choices=PRESETS, help="sizes and rates (default: by the base's width)")
 
+    # The shape of a base from scratch, its own training, and what is put between its blocks.
     add = parser.add_argument_group("a base from scratch (default: by preset)").add_argument
     add("--n_layer", type=whole, help="transformer blocks")
     add("--n_head", type=whole, help="attention heads")
@@ -99,6 +104,8 @@ def parse_arguments() -> argparse.Namespace:
     add("--base_lr", type=real, help="peak learning rate of the base")
     add_flags(parser)
 
+    # How it is trained. The rate rises for `warmup` steps, then falls to a tenth. grad_accum
+    # changes the result by no more than rounding.
     add = parser.add_argument_group("training").add_argument
     add("--tokens", type=whole, help="training tokens (by preset; for gpt2 one epoch)")
     add("--block_size", type=whole, help="tokens in a sequence (by preset)")
@@ -112,27 +119,45 @@ def parse_arguments() -> argparse.Namespace:
     add("--save_every", type=whole, help="steps between checkpoints (default: 10%% of all)")
     add("--seed", type=common.seed_number, help="of new weights and the data's order (default 0)")
 
+    # What may be another on resume: it belongs to the machine, not to the run.
     add = parser.add_argument_group("machine").add_argument
     add("--device", help="cpu, cuda or mps (default: the best there is)")
-    words = "of autocast (default: bfloat16 where that is fast)"
-    add("--dtype", choices=("float32", "bfloat16"), help=words)
-    words = "torch.compile the model (default: on CUDA, where Triton is)"
-    add("--compile", action=argparse.BooleanOptionalAction, help=words)
+    dtypes = ("float32", "bfloat16")
+    add("--dtype", choices=dtypes, help="of autocast (default: bfloat16 where that is fast)")
+    yes_or_no = argparse.BooleanOptionalAction
+    add("--compile", action=yes_or_no, help="the model (default: on CUDA, where Triton is)")
     add("--threads", type=whole, help="of the CPU (default: as many as the model is worth)")
 
     add = parser.add_argument_group("files").add_argument
     add("--out", type=common.new_file(".pt"), default="ckpt.pt", help="(default ckpt.pt)")
     add("--resume", action="store_true", help="go on with --out, with the settings it has")
     add("--overwrite", action="store_true", help="replace --out, at the new run's first checkpoint")
-    return parser.parse_args()
+    return parser.parse_args(words)
+
+
+def find_base(args: Namespace) -> tuple[str, GPT | None, GPTConfig | None, dict]:
+    """The base's name, and model, config and info as far as they are known.
+
+    Nothing is downloaded or trained yet: what can be refused comes first.
+    """
+    name = args.base or ("gpt2" if args.dataset in WIKITEXT else "scratch")
+    if name == "scratch":
+        return name, None, None, {}
+    if name in PRETRAINED:
+        return name, None, PRETRAINED[name], {"tokenizer": "gpt2"}
+    model, info = open_model(name)
+    return name, model, model.config, info
 
 
 def choose_texts(args: Namespace, base: str, info: dict) -> tuple[str, str | None]:
     """Names of the new and of the old text. info: what the base's file says of it."""
-    known = info.get("dataset")  # what a checkpoint was last trained on
+    # A base in a file knows what it was last trained on; of published GPT-2 nobody does.
     if base != "scratch":
+        known = info.get("dataset")
         new = args.dataset or ("pycode" if known == "pydocs" else known or "wikitext103")
         return new, args.old_dataset or known
+
+    # From scratch: the base itself is the run, or it is trained on the old text first.
     if args.upscale in (None, "none"):
         return args.dataset or "pydocs", args.old_dataset
     new = args.dataset or "pycode"
@@ -146,6 +171,7 @@ def choose_settings(
 
     config, info: what is known of the base; config is None if the base is yet to be trained.
     """
+    # The preset, by width. What is None stays so, or is decided below.
     new, old = choose_texts(args, base, info)
     width = config.n_embd if config else args.n_embd or (128 if new in AT_HOME else 256)
     preset = args.preset or ("tiny" if width <= 128 else "small" if width <= 512 else "gpt2")
@@ -156,6 +182,7 @@ def choose_settings(
         train=None,
         dataset=new,
         old_dataset=old,
+        data_dir=None,
         old_data_dir=None,
         weight_decay=0.1,
         warmup=None,
@@ -165,29 +192,33 @@ def choose_settings(
         **PRESETS[preset],
     )
 
-    # What the base and the machine ask for.
+    # What the base asks for: its window and its tokens.
     if config:
         settings.block_size = config.block_size
-    tokenizer = "bytes" if (old or new) in AT_HOME else "gpt2"
-    settings.tokenizer = info.get("tokenizer", tokenizer)
-    theirs = info.get("data_dir") or ""
-    settings.data_dir = theirs if os.path.isdir(theirs) else os.path.abspath("data")
+    settings.tokenizer = info.get("tokenizer", "bytes" if (old or new) in AT_HOME else "gpt2")
+
+    # What the machine asks for. Several processes share the parts of a batch.
     settings.dtype = "bfloat16" if common.has_bf16(device) else "float32"
     settings.compile = device.type == "cuda" and find_spec("triton") is not None
     settings.threads = common.threads_for(width)
     settings.grad_accum = max(1, settings.grad_accum // common.process_count())
 
-    # The flags, and what hangs on them.
+    # The flags.
     for name in vars(settings):
         if getattr(args, name) is not None:
             setattr(settings, name, getattr(args, name))
     settings.options = given_options(args)
+
+    # What hangs on them. A folder that a checkpoint names may have been on another machine.
     if settings.train is None:
         settings.train = "all" if settings.upscale == "none" else METHODS[settings.upscale].train
-    if settings.old_data_dir is None:
-        settings.old_data_dir = settings.data_dir
-    if base == "scratch" and settings.upscale == "none":
-        settings.lr = args.lr or settings.base_lr
+    theirs = info.get("data_dir")
+    if theirs is None or not os.path.isdir(theirs):
+        theirs = settings.data_dir or os.path.abspath("data")
+    settings.data_dir = settings.data_dir or theirs
+    settings.old_data_dir = settings.old_data_dir or theirs
+    if base == "scratch" and settings.upscale == "none":  # the run is that of a base
+        settings.lr = settings.base_lr if args.lr is None else args.lr
         settings.tokens = args.tokens or settings.base_tokens
     return settings
 
@@ -225,6 +256,7 @@ def refuse_contradictions(
 
 
 def steps_of(settings: Namespace) -> int:
+    """Optimizer steps of a run; what does not fill a batch at the end is left out."""
     return max(1, settings.tokens // (settings.batch_size * settings.block_size))
 
 
@@ -339,16 +371,16 @@ def train(
     data: dict[str, Split],
     out: str | None = None,
     go_on: str = "",
-    visit: Callable[[int], None] | None = None,
 ) -> None:
     """Trains what of model requires gradients, from progress to the end of the run, in place.
 
-    data: splits "train" and "valid". out: the checkpoint that is kept up to date, if any; go_on:
-    the command that goes on with it. visit: called with the number of each step before it, and
-    with that of all at the end. Raises KeyboardInterrupt after Ctrl-C or SIGTERM, with everything
-    saved, and FloatingPointError if the loss becomes NaN, with the last good checkpoint in place.
+    data: splits "train" and "valid". out: the checkpoint that is kept up to date; go_on: the
+    command that goes on with it. Without out nothing is validated, saved or printed. Raises
+    KeyboardInterrupt after Ctrl-C or SIGTERM, with everything saved, and FloatingPointError if the
+    loss becomes NaN, with the last good checkpoint in place.
     """
-    # A resumed run goes on with AdamW's running averages; they come with the groups they belong to.
+    # A resumed run goes on with AdamW's running averages; they come with the groups they belong to,
+    # peak rates and all.
     device = model.wte.weight.device
     optimizer = make_optimizer(model, settings.lr, settings.memory_lr, settings.weight_decay)
     if progress["optimizer"] is not None:
@@ -361,34 +393,37 @@ def train(
     if settings.compile:
         wrapped = torch.compile(wrapped)
 
-    # How many steps, and what happens when. A validation on the way reads some windows only.
+    # How many steps, and what happens when: by default everything ten times in a run. A validation
+    # on the way reads some windows only, else it would take longer than the training between two.
     steps = steps_of(settings)
     warmup = max(1, steps // 20) if settings.warmup is None else settings.warmup
     eval_every = settings.eval_every or max(1, steps // 10)
     save_every = settings.save_every or max(1, steps // 10)
     windows = max(1, min(64, 8192 // settings.block_size))
     sample = data["valid"].tokens[: windows * settings.block_size + 1]
+
+    # The order is look, save, learn, as in nanoGPT: so a run has a point at step 0, and a
+    # checkpoint before anything has been learned. Rank 0 looks and saves for all.
     dtype = getattr(torch, settings.dtype)
-    hidden = None if common.is_main() and out else True  # None: shown on a terminal
+    writes = out is not None and common.is_main()
+    hidden = None if writes else True  # None: shown on a terminal
     bar = tqdm(total=steps, initial=progress["step"], unit="step", disable=hidden, leave=False)
     with common.stop_signal() as stop, bar:
         while True:
             step = progress["step"]
             stopping = common.true_in_any_process(stop.is_set(), device)
-            if visit is not None:
-                visit(step)
 
             # Now and then, and at both ends: the loss on text that it does not train on.
             due = step % eval_every == 0 or step == steps
-            if due and out and common.is_main() and step not in dict(progress["valid"]):
+            if due and writes and step not in dict(progress["valid"]):
                 nll, count = sum_nll(model, sample)
                 progress["valid"].append((step, nll / count))
                 tqdm.write(describe(progress, settings, count))
 
-            # Now and then, and at both ends: everything that a resume needs. One window is scored
-            # first, since the last update may have spoilt the weights.
+            # Now and then, at both ends, and when it is told to stop: all that a resume needs. One
+            # window is scored first, since the last update may have spoilt the weights.
             due = step % save_every == 0 or step == steps or stopping
-            if due and out and common.is_main():
+            if due and writes:
                 nll, _ = sum_nll(model, sample[: settings.block_size + 1])
                 if not math.isfinite(nll):
                     raise FloatingPointError(DIVERGED)
@@ -400,12 +435,13 @@ def train(
                 done = f"{out} is saved at step {step} of {steps}"
                 raise KeyboardInterrupt(f"interrupted; {done}; go on with: {go_on}")
 
-            # The learning rate of this step.
+            # The learning rate of this step, for each group a share of its own peak.
             started = time.perf_counter()
             for group in optimizer.param_groups:
                 group["lr"] = group["peak_lr"] * schedule(step, warmup, steps)
 
-            # The batch of this step; with several processes, the part of this one.
+            # The batch of this step; with several processes, the part of this one. It depends on
+            # step and seed alone: that is why a resume needs no state of a data loader.
             sizes = (settings.batch_size, settings.block_size)
             x, y = get_batch(data["train"].tokens, step, *sizes, settings.seed)  # both (B, T)
             x = x.chunk(common.process_count())[common.process_rank()].to(device)
@@ -437,6 +473,7 @@ def describe(progress: dict, settings: Namespace, count: int) -> str:
 # ---- A run in files ------------------------------------------------------------------------------
 def save(path: str, model: GPT, settings: Namespace, progress: dict) -> None:
     """Writes the checkpoint: model, settings, progress, and what others want to know of it."""
+    # eval.py and upscale.py need not know what settings are.
     names = ("tokenizer", "dataset", "data_dir", "old_dataset", "old_data_dir")
     about = {name: getattr(settings, name) for name in names}
     save_checkpoint(path, model, settings=vars(settings), progress=progress, **about)
@@ -448,7 +485,8 @@ def open_run(path: str) -> tuple[GPT, Namespace, dict]:
     progress = info.get("progress", {})
     saved = info.get("settings", {})
 
-    # A damaged value shall not end in a traceback an hour later.
+    # A checkpoint of another version, or a damaged value, shall not end in a traceback later on:
+    # the preset's values say of which type each setting is.
     wanted = new_progress({})
     like = [isinstance(progress.get(name), type(wanted[name])) for name in ("step", "losses")]
     like += [type(saved.get(name)) is type(value) for name, value in PRESETS["tiny"].items()]
@@ -458,31 +496,37 @@ def open_run(path: str) -> tuple[GPT, Namespace, dict]:
     return model, Namespace(**saved), progress
 
 
-def resume(args: Namespace) -> tuple[GPT, Namespace, dict]:
-    """What --out holds, with the flags that may be others now: those of the machine."""
-    if not os.path.exists(args.out):
-        # Perhaps the run was stopped while its base was being trained.
-        for path in glob.glob(os.path.join(args.data_dir or "data", "base-*.pt")):
-            _, settings, progress = open_run(path)
-            if progress["step"] < steps_of(settings):
-                raise ValueError(
-                    f"{args.out} is not begun yet: its base, {path}, is at step {progress['step']} "
-                    f"of {steps_of(settings)}; repeat the command without --resume"
-                )
+def refuse_unfinished_base(args: Namespace) -> None:
+    """Raises ValueError if the run was stopped while its base was being trained."""
+    for path in glob.glob(os.path.join(args.data_dir or "data", "base-*.pt")):
+        _, settings, progress = open_run(path)
+        step, steps = progress["step"], steps_of(settings)
+        if step < steps:
+            where = f"its base, {path}, is at step {step} of {steps}"
+            raise ValueError(f"{args.out} is not begun: {where}; repeat the command, no --resume")
 
-    # A flag may repeat what the checkpoint says; it may not say something else.
+
+def resume(args: Namespace) -> tuple[GPT, Namespace, dict]:
+    """Model, settings and progress of the run in --out.
+
+    Raises ValueError if there is none, or a flag contradicts it.
+    """
+    if not os.path.exists(args.out):
+        refuse_unfinished_base(args)
     model, settings, progress = open_run(args.out)
-    given = {name: value for name, value in vars(args).items() if value is not None}
+
+    # A flag may repeat what the checkpoint says, and may change what belongs to the machine.
     known = dict.fromkeys(given_options(args)) | vars(model.config)
     known |= vars(settings) | settings.options
-    for name, value in given.items():
+    for name, value in vars(args).items():
         begun_with = known.get(name, value)
-        if name in OF_THE_MACHINE:
+        if value is not None and name in OF_THE_MACHINE:
             setattr(settings, name, value)
-        elif value != begun_with:
-            raise ValueError(
-                f"--{name} contradicts {args.out}, begun with {begun_with}; drop the flag"
-            )
+        elif value is not None and value != begun_with:
+            was = f"{args.out}, begun with {begun_with}"
+            raise ValueError(f"--{name} contradicts {was}; drop the flag")
+
+    # What was frozen is frozen again; a file does not tell.
     set_trainable(model, settings.train)
     return model, settings, progress
 
@@ -501,6 +545,7 @@ def scratch_config(settings: Namespace) -> GPTConfig:
 
 def base_run(settings: Namespace) -> tuple[str, Namespace]:
     """Where this run's base from scratch is kept, and the settings of the run that makes it."""
+    # The same run, but nothing is inserted, and the text is the old one.
     own = Namespace(**vars(settings))
     own.upscale = "none"
     own.train = "all"
@@ -510,9 +555,13 @@ def base_run(settings: Namespace) -> tuple[str, Namespace]:
     own.old_dataset = None
     own.tokens = settings.base_tokens
     own.lr = settings.base_lr
+
+    # These depend on how long it is.
     own.warmup = None
     own.eval_every = None
     own.save_every = None
+
+    # A name that can be read; what it does not say is compared when the file is found.
     tokenizer = own.tokenizer.replace(":", "-")
     sizes = f"{own.n_layer}x{own.n_embd}x{own.block_size}"
     name = f"base-{sizes}-{own.dataset}-{tokenizer}-{own.tokens}-seed{own.seed}.pt"
@@ -521,9 +570,12 @@ def base_run(settings: Namespace) -> tuple[str, Namespace]:
 
 def get_base(settings: Namespace, device: torch.device) -> GPT:
     """A base that is no file: GPT-2 by name, or one from scratch, trained if it is up-scaled."""
+    # Published weights are downloaded, once.
     if settings.base != "scratch":
         model, _ = common.main_process_first(lambda: open_model(settings.base, settings.data_dir))
         return model
+
+    # Weights are drawn on the CPU, so that a seed gives the same ones everywhere.
     torch.manual_seed(settings.seed)
     model = GPT(scratch_config(settings))
     if settings.upscale == "none":
@@ -570,7 +622,8 @@ def load_texts(settings: Namespace) -> tuple[dict[str, Split], dict[str, Split]]
 
 
 def print_settings(settings: Namespace, device: torch.device) -> None:
-    """What was chosen, in a few lines."""
+    """What was chosen, in a few lines, and about how long it will take."""
+    # The two texts, and what each is for.
     steps = steps_of(settings)
     step = settings.batch_size * settings.block_size
     print(f"new     {settings.dataset} in tokens of {settings.tokenizer}: to train on")
@@ -578,15 +631,23 @@ def print_settings(settings: Namespace, device: torch.device) -> None:
         print("old     the same: nothing is new to this model")
     elif settings.old_dataset is not None:
         print(f"old     {settings.old_dataset}: what the base knows; only measured")
+
+    # The run, and the machine.
     rates = f"lr {settings.lr:g}, banks {settings.memory_lr:g}, seed {settings.seed}"
     print(f"run     {settings.tokens:,} tokens in {steps:,} steps of {step:,}, {rates}")
     print(f"machine {device}, {settings.dtype}, {settings.threads} threads")
+    if settings.preset == "tiny" and device.type == "cpu":
+        base_tokens = settings.base_tokens if settings.upscale != "none" else 0
+        minutes = (settings.tokens + base_tokens) / TINY_SPEED / 60
+        print(f"time    about {minutes + 1:.0f} minutes on one core, a new base included")
 
 
 def tell(rows: list[dict], names: dict[str, str]) -> None:
     """What a run came to: a table, what the model writes before and after, and sentences."""
-    print("\nperplexity: token-level, on the whole validation splits")
+    print()
     print_closing_table(rows, names)
+
+    # Indented, so that line ends of what the model writes are seen.
     for row in (rows[0], rows[-1]):
         print(f"\n{row['label']} goes on with the first words of {names['new']}:")
         print("    " + row["sample"].replace("\n", "\n    "))
@@ -605,19 +666,13 @@ def main() -> None:
         if os.path.exists(out) and not args.overwrite:
             ways = "--resume goes on with it, --overwrite replaces it, --out names another file"
             raise ValueError(f"{out} exists; {ways}")
-        base = args.base or ("gpt2" if args.dataset in WIKITEXT else "scratch")
-        model = None  # it is yet to be trained, or downloaded
-        config = PRETRAINED.get(base)
-        info = {"tokenizer": "gpt2"} if config else {}
-        if config is None and base != "scratch":
-            model, info = open_model(base)
-            config = model.config
+        base, model, config, info = find_base(args)
         settings = choose_settings(args, base, config, info, device)
         refuse_contradictions(settings, config, info, args)
     if device.type == "cpu":
         torch.set_num_threads(settings.threads)
 
-    # The texts. A first batch refuses a split that is too short. All samples begin alike.
+    # The texts. A first batch refuses a split that is too short.
     data, measured = load_texts(settings)
     get_batch(data["train"].tokens, 0, settings.batch_size, settings.block_size, settings.seed)
     settings.tokens = settings.tokens or len(data["train"].tokens)  # one epoch
@@ -625,8 +680,10 @@ def main() -> None:
     texts["train"] = data["train"].identity
     names = {"new": settings.dataset, "old": settings.old_dataset}
     names = {kind: names[kind] for kind in measured}
-    prompt = load_tokenizer(settings.tokenizer).decode(data["valid"].tokens[:32].tolist())
     print_settings(settings, device)
+
+    # The rows of the closing table. All samples in it begin alike, with words of the new text.
+    prompt = load_tokenizer(settings.tokenizer).decode(data["valid"].tokens[:32].tolist())
 
     def add_row(label: str, model: GPT) -> None:
         if common.is_main():
@@ -635,6 +692,7 @@ def main() -> None:
 
     method = settings.upscale
     if args.resume:
+        # The base and the start are in the table already.
         refuse_other_texts(progress, texts, out)
         model = model.to(device)
         if progress["step"] == steps_of(settings):
@@ -647,7 +705,7 @@ def main() -> None:
         model = model.to(device)
         add_row("base" if method != "none" else "start", model)
 
-        # 2. Deeper, and at the start exactly the same (but for solar).
+        # 2. Deeper, and at the start exactly the same (but for solar): the table shows it.
         if method != "none":
             torch.manual_seed(settings.seed)
             deeper = upscale(model, method, **settings.options)
@@ -656,7 +714,7 @@ def main() -> None:
             add_row(f"{method}, start", model)
         set_trainable(model, settings.train)
 
-    # 3. Continual pre-training.
+    # 3. Continual pre-training. A base that is not up-scaled is itself what is trained.
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     print(f"\ntraining {trained:,} parameters, writing {out}")
     train(model, settings, progress, data, out, go_on=f"python train.py --resume --out {out}")

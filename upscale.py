@@ -98,6 +98,7 @@ def interleave(n_layer: int, positions: list[int]) -> tuple[list[int], list[int]
     Returns sources, the block of the base that each block of the new stack is made from, and new,
     the indices of the new blocks in it; both from 0.
     """
+    # Block by block up the base; a new one has the same source as the one below it.
     sources = []
     new = []
     for block in range(n_layer):
@@ -119,11 +120,12 @@ def assemble(base: GPT, sources: list[int], new: list[int], kind: str = "T", **m
     if "M" in base.config.blocks:
         raise ValueError("the base already has memory blocks; name the base that it was made of")
 
+    # The new shape. Weights are drawn on the CPU, so that a seed gives the same ones everywhere.
     kinds = [kind if i in new else "T" for i in range(len(sources))]
     config = dataclasses.replace(
         base.config, n_layer=len(sources), blocks="".join(kinds), new=tuple(new), **memory
     )
-    model = type(base)(config)  # drawn on the CPU, so that a seed gives the same weights everywhere
+    model = type(base)(config)
 
     # What is not a block is as it was; every block starts from its source.
     weights = base.state_dict()
@@ -156,6 +158,8 @@ def midus(
     """A memory block inside each group of blocks; memory: sizes and switches, see MEMORY."""
     positions = place(base.config.n_layer, True, every, positions, n_new)
     sources, new = interleave(base.config.n_layer, positions)
+
+    # Sizes that are not given go by the width of the base.
     sizes = memory_sizes(base.config.n_embd)
     sizes.update(memory)
     return assemble(base, sources, new, kind="M", **sizes)
@@ -263,7 +267,7 @@ def identity_gap(base: GPT, deeper: GPT, tokens: Tensor, dtype: torch.dtype) -> 
 
 def summary(base: GPT, deeper: GPT) -> str:
     """The new stack as a line, and the parameters: before, added, and of which parts."""
-    # What was there, what is new, and what the new consists of.
+    # What was there, what is new, and what the new parts consist of.
     before = sum(count_parameters(base).values())
     added = count_parameters(deeper, deeper.config.new)
     parts = ", ".join(f"{part} {count:,}" for part, count in added.items())

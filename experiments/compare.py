@@ -1,980 +1,637 @@
 """
-Which way to deepen a model is worth most? Every method on one base, with the same batches in the
-same order. Measured on the new text, which it learns, and on the old text, which it may forget.
+When does looking up beat copying? Every method on one base, with the same batches in one order.
 
-    python experiments/compare.py --methods none llama-pro midus --tokens 4e5 --plot plot.png
-    python experiments/compare.py --base base.pt --dataset wikitext2 --data_dir wikitext-2 \\
-        --old_dataset text --old_data_dir novels --methods none llama-pro midus --seeds 3
+    python experiments/compare.py                       the main table (two hours on two cores)
+    python experiments/compare.py size parts longer     other tables, by name
+    python experiments/compare.py --methods llama-pro midus:query=token:n_keys=64
 
-The first line is for a laptop: train.py's tiny base, on Python's documentation.
+The base is train.py's own: a tiny GPT that has read Python's documentation (the old text). It goes
+on with the code of Python's library (the new text). Perplexity is measured on both: what is learned
+of the new one, and what is forgotten of the old one. Another base and other texts: --base,
+--dataset and so on, as in train.py.
 
-A method is `none`, one of upscale.py (midus, llama-pro, solar), of baselines.py (stack, stack-top,
-average, opt-deus, lesa), or of ablations.py (pkm, ladder, ...). Its options follow after colons:
-midus:query=block:n_keys=64:positions=1,3. `none` inserts nothing and trains the blocks that
-llama-pro would have copied. solar, stack and lesa were published with every block trained: see
---train.
+A method is a row of upscale.py's METHODS or of methods.py's, or `none`: nothing is inserted, and
+the blocks that llama-pro would copy train. Its options follow after colons; those that belong to
+the run, and not to the model, are train (new, which is the default, or all), tokens, lr, memory_lr.
 
-Rates are chosen for each method on seed 0 by the validation split of the new text, in runs of
---rate_tokens: first --lrs, with the bank's rate in the middle of --memory_lrs, then --memory_lrs
-with the best lr. Each search starts in the middle and stops where both neighbours are worse. The
-figures are of seeds 1, 2, ... and of the test splits, which nothing else reads. Every run is
-measured at five points on its way, so that a curve of new against old can be drawn.
+Rates that are not given are found for each method: on seed 0, by the first 100,000 tokens of the
+new text's validation split. First lr, then the rate of banks; each search starts in the middle of a
+grid and goes on while a neighbour is better. What counts are seeds 1, 2, ... on the whole test
+splits of both texts, which nothing else reads.
 
-Finished runs are lines of the file --results; a run that is there is not made again. What the code
-does is not part of a run's name: after changing some, delete its lines. Shape names: see hml.py.
+Finished runs are lines of --results, and are not made again. A run is named by all that shapes it,
+with a hash of the code of the layer, the model, the method, the optimizer, the schedule and the
+step. Shape names: see hml.py.
 """
 
 import argparse
-import dataclasses
+import ast
 import hashlib
+import inspect
 import json
 import math
 import multiprocessing
 import os
+import platform
 import statistics
 import sys
-import time
+from collections import namedtuple
 from collections.abc import Callable
-from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor, as_completed
-from concurrent.futures.process import BrokenProcessPool
+from concurrent.futures import ProcessPoolExecutor, as_completed
 
 import torch
-from torch import Tensor
 from tqdm import tqdm
 
-sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-import baselines
+ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
+sys.path.insert(0, ROOT)
 import common
+import methods  # noqa: F401 (its rows)
 import train
-from ablations import VARIANTS, WITHOUT_MEMORY
-from common import real_number, whole_number, whole_numbers
-from data import DATASETS, check_vocabulary, get_batch, load_dataset, load_tokenizer
-from eval import count_usage, usage
-from facts import read_questions, recall
-from model import GPT, open_model
-from train import make_optimizer, schedule, train_step
-from upscale import place, set_trainable, upscale
+from data import load_dataset
+from eval import count_usage, perplexity, sum_nll, usage
+from model import GPT
+from upscale import METHODS, place, set_trainable, upscale
 
-EVAL_SEED = 0  # of which windows of a text are measured
+LRS = (5e-4, 1e-3, 2e-3, 3e-3, 6e-3, 1e-2, 2e-2)
+MEMORY_LRS = (1e-2, 3e-2, 1e-1, 3e-1, 1.0)
+OF_THE_RUN = ("train", "tokens", "lr", "memory_lr")
+TRIAL_TOKENS = 100_000  # of each validation split, in trials of rates
+USAGE_TOKENS = 100_000  # of the new text, over which slots in use are counted
+
+# ---- The tables ----------------------------------------------------------------------------------
+# A row: what it is in words, and the method. Rows of one group are points of one line in a picture.
+Row = namedtuple("Row", ("group", "words", "method"))
+
+# A copied block with a memory for its FFN, one bank for all, keys that start three times larger.
+LITERAL = "variant:query=token:residual=True:shared=True:key_scale=3.0"
+TOKEN = "midus:query=token"
+RATES = ":lr=3e-3:memory_lr=0.1"  # found for the token query in the main table
+TABLES = {
+    "main": [
+        Row("none", "no new block: blocks 2 and 4 train", "none"),
+        Row("copies", "llama-pro: two copies, silent at first", "llama-pro"),
+        Row("copies", "solar", "solar:n_new=2"),
+        Row("copies", "stack", "stack:n_new=2"),
+        Row("copies", "opt-deus", "opt-deus:n_new=2"),
+        Row("copies", "lesa", "lesa:n_new=2"),
+        Row("parts", "attention alone", "attention"),
+        Row("parts", "feed-forward alone", "feed-forward"),
+        Row("memory", "memory alone, n=64", "memory-alone:n_keys=64"),
+        Row("memory", "product-key memory for the FFN, n=28", "pkm:n_keys=28"),
+        Row("memory", "midus, head query, n=32", "midus"),
+        Row("memory", "midus, token query, n=32", "midus:query=token"),
+        Row("memory", "midus, token query, n=61", "midus:query=token:n_keys=61"),
+        Row("memory", "midus, token query, n=128", "midus:query=token:n_keys=128"),
+        Row("memory", "memory for the FFN of a copy, n=85", f"{LITERAL}:n_keys=85"),
+        Row("all", "solar, everything trained", "solar:n_new=2:train=all"),
+        Row("all", "stack, everything trained", "stack:n_new=2:train=all"),
+        Row("all", "lesa, everything trained", "lesa:n_new=2:train=all"),
+    ],
+    "size": [
+        *(
+            Row("copies", f"{n} copied blocks", f"llama-pro:n_new={n}:lr=6e-3")
+            for n in (1, 2, 3, 4)
+        ),
+        *(
+            Row("two memory blocks", f"n={n}", f"{TOKEN}:n_keys={n}{RATES}")
+            for n in (16, 32, 64, 128, 256)
+        ),
+        *(
+            Row(
+                "four memory blocks",
+                f"n={n}",
+                f"{TOKEN}:positions=1,2,3,4:n_keys={n}{RATES}",
+            )
+            for n in (16, 32, 64, 128)
+        ),
+    ],
+    "parts": [
+        Row("copies", "llama-pro", "llama-pro:lr=6e-3"),
+        Row("add", "token query, n=61", f"variant:query=token:n_keys=61{RATES}"),
+        Row("add", "attention kept", f"variant:query=token:residual=True:n_keys=61{RATES}"),
+        Row("add", "one bank, n=85", f"variant:query=token:shared=True:n_keys=85{RATES}"),
+        Row("add", "larger keys", f"variant:query=token:key_scale=3.0:n_keys=61{RATES}"),
+        Row("add", "one W", f"variant:query=token:values=one-w:n_keys=62{RATES}"),
+        Row("add", "head tables", f"variant:query=token:values=head-tables:n_keys=31{RATES}"),
+        Row("add", "d_v=16, n=88", f"variant:query=token:d_latent=16:n_keys=88{RATES}"),
+        Row("leave", "all three, n=85", f"{LITERAL}:n_keys=85{RATES}"),
+        Row(
+            "leave",
+            "attention not kept",
+            f"variant:query=token:shared=True:key_scale=3.0:n_keys=85{RATES}",
+        ),
+        Row(
+            "leave",
+            "a bank for each",
+            f"variant:query=token:residual=True:key_scale=3.0:n_keys=61{RATES}",
+        ),
+        Row(
+            "leave",
+            "keys as they were",
+            f"variant:query=token:residual=True:shared=True:n_keys=85{RATES}",
+        ),
+    ],
+    "longer": [
+        Row("copies", "llama-pro", "llama-pro:lr=6e-3:tokens=2400000"),
+        Row("memory", "head query, n=32", f"midus{RATES}:tokens=2400000"),
+        Row("memory", "token query, n=64", f"{TOKEN}:n_keys=64{RATES}:tokens=2400000"),
+        Row("memory", "token query, n=128", f"{TOKEN}:n_keys=128{RATES}:tokens=2400000"),
+    ],
+}
 
 
 # ---- Methods -------------------------------------------------------------------------------------
-COPIES = {
-    "stack": baselines.stack,
-    "stack-top": lambda base, n_new: baselines.stack(base, n_new, on_top=True),
-    "average": baselines.average,
-    "opt-deus": baselines.opt_deus,
-    "lesa": baselines.lesa,
-}
-WITH_MEMORY = ("midus", *(name for name in VARIANTS if name not in WITHOUT_MEMORY))
-PLACED = ("none", "llama-pro", *WITHOUT_MEMORY, *WITH_MEMORY)
-METHODS = (*PLACED, "solar", *COPIES)
-
-
-def yes_or_no(text: str) -> bool:
-    """1 or 0, as a boolean."""
-    if text not in ("0", "1"):
-        raise argparse.ArgumentTypeError(f"{text} is neither 1 nor 0")
-    return text == "1"
-
-
-# How the text of each option is read.
-FOR_ALL = {"n_new": whole_number, "tokens": whole_number, "lr": real_number}
-FOR_PLACED = {"positions": whole_numbers}
-FOR_MEMORY = {
-    "memory_lr": real_number,
-    "n_keys": whole_number,
-    "top_k": whole_number,
-    "d_latent": whole_number,
-    "query_norm": yes_or_no,
-}
-FOR_MIDUS = {"query": str}
-FOR_LADDER = {
-    "query": str,
-    "residual": yes_or_no,
-    "write": str,
-    "centred": yes_or_no,
-    "key_scale": real_number,
-    "value_scale": real_number,
-    "shared": yes_or_no,
-}
-
-
-def known_options(method: str) -> dict[str, Callable]:
-    """The options that a method takes, each with the function that reads it."""
-    known = dict(FOR_ALL)
-    if method in PLACED:
-        known.update(FOR_PLACED)
-    if method in WITH_MEMORY:
-        known.update(FOR_MEMORY)
-    if method == "midus":
-        known.update(FOR_MIDUS)
-    if method == "ladder":
-        known.update(FOR_LADDER)
-    return known
-
-
-@dataclasses.dataclass
-class Method:
-    label: str  # as it was typed
-    name: str
-    options: dict
-
-
-def read_method(label: str) -> Method:
+def read_method(text: str) -> tuple[str, dict]:
     """ "midus:n_keys=64" -> its name and its options. Raises ValueError if it cannot be read."""
-    name, *parts = label.split(":")
-    if name not in METHODS:
-        raise ValueError(f"--methods: {name} is none of {', '.join(METHODS)}")
-    known = known_options(name)
+    name, *parts = text.split(":")
+    known = OF_THE_RUN + (("n_new", "positions") if name == "none" else ())
+    if name in METHODS:
+        known += METHODS[name].options
+    elif name != "none":
+        raise ValueError(f"--methods: {name} is none of none, {', '.join(METHODS)}")
     options = {}
     for part in parts:
         option, equals, value = part.partition("=")
         if option not in known or not equals:
             raise ValueError(f"--methods: cannot read {part!r}; {name} takes {', '.join(known)}")
         try:
-            options[option] = known[option](value)
-        except argparse.ArgumentTypeError as error:
-            raise ValueError(f"--methods: {part!r}: {error}") from None
-    return Method(label, name, options)
+            options[option] = ast.literal_eval(value)
+        except (ValueError, SyntaxError):  # a word
+            options[option] = value
+        if option == "positions":
+            options[option] = common.whole_numbers(value)
+    return name, options
 
 
-def chosen(options: dict, names: tuple) -> dict:
-    """Those of the options that have one of these names."""
-    return {name: value for name, value in options.items() if name in names}
-
-
-def build(base: GPT, method: str, options: dict) -> tuple[GPT, str]:
-    """The deeper model, and what of it trains when only new blocks do.
-
-    Raises ValueError for what cannot be.
-    """
-    where = chosen(options, ("positions", "n_new"))
-    if method == "none":
-        blocks = place(base.config.n_layer, False, **where)
+def build(base: GPT, name: str, options: dict) -> tuple[GPT, str]:
+    """The deeper model, and what of it trains when only new blocks do."""
+    shaping = {option: options[option] for option in options if option not in OF_THE_RUN}
+    if name == "none":
+        blocks = place(base.config.n_layer, False, **shaping)
         return base, ",".join(str(block) for block in blocks)
-    if method in COPIES:
-        return COPIES[method](base, options["n_new"]), "new"
-    if method in ("llama-pro", "solar"):
-        return upscale(base, method, **where), "new"
+    return upscale(base, name, **shaping), "new"
 
-    # A memory block, and what a variant makes of it.
-    sizes = chosen(options, ("n_keys", "top_k", "d_latent", "query_norm"))
-    if method == "midus":
-        return upscale(base, "midus", **where, **sizes, **chosen(options, tuple(FOR_MIDUS))), "new"
-    model = upscale(base, "midus", **where, **sizes)
-    if method == "ladder":
-        VARIANTS["ladder"](model, **chosen(options, tuple(FOR_LADDER)))
-    else:
-        VARIANTS[method](model)
-    return model, "new"
+
+def has_bank(model: GPT) -> bool:
+    return any(name.endswith("hive.bank") for name, _ in model.named_parameters())
+
+
+def multiplications(model: GPT) -> int:
+    """Per token, in the new blocks. Attention's own products and the search are left out.
+
+    Every number of a matrix is multiplied once, those of the scores' keys too; of a bank only the
+    entries that are read.
+    """
+    total = 0
+    for i in model.config.new:
+        for name, parameter in model.h[i].named_parameters():
+            if name.endswith("hive.bank"):
+                reads = model.config.n_head * model.config.top_k
+                total += reads * parameter.size(1)
+            elif name.endswith("hive.proj"):  # one for all heads is used by each
+                total += parameter.numel() * model.config.n_head // max(1, parameter.size(0))
+            elif parameter.dim() >= 2:
+                total += parameter.numel()
+    return total
+
+
+# ---- What names a run ----------------------------------------------------------------------------
+def without_docstrings(node: ast.AST) -> str:
+    """The code of a node as text; comments and layout are gone with the docstrings."""
+    for inner in ast.walk(node):
+        body = getattr(inner, "body", None)
+        if isinstance(body, list) and len(body) > 1 and isinstance(body[0], ast.Expr):
+            if isinstance(body[0].value, ast.Constant):
+                del body[0]
+    return ast.unparse(node)
+
+
+def code_of(files: list[str], wanted: set[str] | None) -> str:
+    """The code of these names, and of all names in these files that they use, as text.
+
+    wanted: None for all there is.
+    """
+    nodes = {}
+    for file in files:
+        with open(os.path.join(ROOT, file), encoding="utf-8") as source:
+            for node in ast.parse(source.read()).body:
+                if isinstance(node, ast.FunctionDef | ast.ClassDef):
+                    nodes[node.name] = node
+                elif isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
+                    nodes[node.targets[0].id] = node
+    found = set()
+    waiting = set(nodes if wanted is None else wanted) & nodes.keys()
+    while waiting:
+        name = waiting.pop()
+        found.add(name)
+        used = {inner.id for inner in ast.walk(nodes[name]) if isinstance(inner, ast.Name)}
+        waiting |= (used & nodes.keys()) - found - {"METHODS"}
+    return "\n".join(without_docstrings(nodes[name]) for name in sorted(found))
+
+
+def hash_of_code(name: str) -> str:
+    """Of all code that decides what a method's run gives."""
+    function = METHODS[name].build if name in METHODS else place
+    files = ["upscale.py", "experiments/methods.py", inspect.getsourcefile(function)]
+    parts = [
+        code_of(["hml.py", "model.py"], None),
+        code_of(files, {function.__name__, "set_trainable"}),
+        code_of(["train.py"], {"make_optimizer", "schedule", "train_step"}),
+    ]
+    return hashlib.sha256("\n".join(parts).encode()).hexdigest()[:16]
+
+
+def hash_of_model(model: GPT) -> str:
+    digest = hashlib.sha256(repr(model.config).encode())
+    for tensor in model.state_dict().values():
+        digest.update(tensor.cpu().numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
+NAMING = (
+    *("base", "texts", "method", "options", "train", "tokens", "batch_size", "lr", "memory_lr"),
+    *("weight_decay", "split", "seed", "dtype", "device", "code"),
+)
 
 
 # ---- One run -------------------------------------------------------------------------------------
-@dataclasses.dataclass(frozen=True)
-class Run:
-    """All that decides what a run gives. Two runs that are equal here are the same run."""
-
-    base: str  # sha256 of its configuration and weights
-    new_text: str  # identities of the texts
-    old_text: str | None
-    questions: str | None
-    method: str
-    options: dict
-    train: str  # "new" or "all"
-    tokens: int
-    batch_size: int
-    grad_accum: int
-    lr: float
-    memory_lr: float | None  # None: there are no banks
-    weight_decay: float
-    eval_tokens: int
-    n_points: int  # how often it is measured, at equal distances
-    split: str  # that it is measured on
-    seed: int
-    device: str
-    dtype: str
+def start_of(words: list[str]) -> tuple[GPT, argparse.Namespace, torch.device]:
+    """The base and the settings of runs, as train.py's flags `words` ask for them."""
+    args = train.parse_arguments(words)
+    device = common.pick_device(args.device)
+    name, base, config, info = train.find_base(args)
+    settings = train.choose_settings(args, name, config, info, device)
+    if device.type == "cpu":
+        torch.set_num_threads(1)  # runs go side by side
+    if base is None:
+        base = train.get_base(settings, device)
+    return base.to(device), settings, device
 
 
-@dataclasses.dataclass(frozen=True)
-class Places:
-    """Where things are on this machine, and how much of it a run may take."""
-
-    base: str
-    dataset: str
-    data_dir: str
-    old_dataset: str | None
-    old_data_dir: str
-    facts: str | None
-    threads: int
-    show: bool  # a bar for the steps
+def read_texts(settings: argparse.Namespace) -> tuple[dict, dict]:
+    """The new and the old text, by split; the old one is {} where there is none."""
+    new = load_dataset(settings.dataset, settings.tokenizer, settings.data_dir)
+    old = {}
+    if settings.old_dataset is not None:
+        source = (settings.old_dataset, settings.tokenizer, settings.old_data_dir)
+        old = load_dataset(*source, ("valid", "test"))
+    return new, old
 
 
-def some_windows(dataset: str, tokenizer: str, folder: str, split: str, run: Run, T: int) -> Tensor:
-    """Windows from all over a split, (W, T + 1): the same for every method."""
-    tokens = load_dataset(dataset, tokenizer, folder, (split,))[split].tokens
-    wanted = run.eval_tokens // T
-    there = (len(tokens) - 1) // T - 1
-    x, y = get_batch(tokens, 0, max(1, min(wanted, there)), T, EVAL_SEED)  # both (W, T)
-    return torch.cat((x, y[:, -1:]), dim=1)
+def measure(model: GPT, new: dict, old: dict, split: str) -> dict:
+    """Perplexity on the new and on the old text: of "valid" its first part, of "test" all."""
+    limit = TRIAL_TOKENS if split == "valid" else None
+    figures = {}
+    for kind, text in (("new", new), ("old", old)):
+        if text:
+            nll, count = sum_nll(model, text[split].tokens[:limit])
+            figures[kind] = perplexity(nll, count)
+    return figures
 
 
-@torch.no_grad()
-def perplexity_on(model: GPT, windows: Tensor) -> float:
-    """Token-level perplexity on windows (W, T + 1)."""
-    device = model.wte.weight.device
-    at_once = max(1, 1024 // windows.size(1))
-    total = 0.0
-    for part in windows.to(device).split(at_once):
-        total += model(part[:, :-1], part[:, 1:]).item() * len(part)
-    mean = total / len(windows)
-    return math.exp(min(mean, 700))
+def slots_in_use(model: GPT, new: dict) -> list[float]:
+    """The share of slots that are a head's best for some token, by block, a mean over heads."""
+    with count_usage(model) as counts:
+        if counts:
+            sum_nll(model, new["valid"].tokens[:USAGE_TOKENS])
+    return [usage(reads)["top1"] for reads in counts.values()]
 
 
-@dataclasses.dataclass
-class Yardstick:
-    """What a model is measured by."""
+def make(run: dict, words: list[str]) -> dict:
+    """Trains one model. Returns the run with its figures, as plain types."""
+    base, settings, device = start_of(words)
+    new, old = read_texts(settings)
+    torch.manual_seed(run["seed"])
+    model, which = build(base, run["method"], run["options"])
+    set_trainable(model, which if run["train"] == "new" else "all")
 
-    new: Tensor  # windows (W, T + 1)
-    old: Tensor | None
-    questions: list[dict] | None
-    tokenizer: str
-
-    def measure(self, model: GPT) -> dict:
-        """Perplexity on the new and on the old text; facts known; slots ever best, by block."""
-        model.eval()
-        figures = {}
-        if has_memory(model):
-            with count_usage(model) as counts:
-                figures["new"] = perplexity_on(model, self.new)
-            figures["used"] = [usage(reads)["top1"] for reads in counts.values()]
-        else:
-            figures["new"] = perplexity_on(model, self.new)
-        if self.old is not None:
-            figures["old"] = perplexity_on(model, self.old)
-        if self.questions is not None:
-            figures["recall"] = recall(model, load_tokenizer(self.tokenizer), self.questions)
-        model.train()
-        return figures
-
-
-def make_yardstick(run: Run, places: Places, tokenizer: str, block_size: int) -> Yardstick:
-    new = some_windows(places.dataset, tokenizer, places.data_dir, run.split, run, block_size)
-    old = None
-    if places.old_dataset is not None:
-        where = (places.old_dataset, tokenizer, places.old_data_dir)
-        old = some_windows(*where, run.split, run, block_size)
-    questions = None
-    if places.facts is not None:
-        questions = read_questions(places.facts, run.split)
-    return Yardstick(new, old, questions, tokenizer)
-
-
-def has_memory(model: GPT) -> bool:
-    return any(hasattr(model.h[i], "memory") for i in model.config.new)
-
-
-def look(model: GPT, batch: tuple[Tensor, Tensor], dtype: torch.dtype) -> dict:
-    """Inside the memory on one batch: entropy of a read's weights in nats, gradient norms by kind.
-
-    Changes nothing.
-    """
-    # A hook after the search sees the weights of every read.
-    entropies = []
-
-    def watch(module, inputs, reads: tuple[Tensor, Tensor]) -> None:
-        weights = reads[0].detach()  # (B, T, H, k)
-        entropies.append(torch.special.entr(weights).sum(dim=-1).mean().item())
-
-    hooks = [model.h[i].memory.product_keys.register_forward_hook(watch) for i in model.config.new]
-    model.eval()  # a running mean of queries stays as it is
-    with torch.autocast(batch[0].device.type, dtype, enabled=dtype != torch.float32):
-        loss = model(*batch)
-    loss.backward()
-    model.train()
-    for hook in hooks:
-        hook.remove()
-
-    # Over all memory blocks together.
-    norms = {}
-    for kind in ("hive.bank", "hive.proj", "product_keys.keys", "attn.c_attn"):
-        squares = 0.0
-        for i in model.config.new:
-            for name, parameter in model.h[i].named_parameters():
-                if kind in name and parameter.grad is not None:
-                    squares += parameter.grad.square().sum().item()
-        norms[kind] = math.sqrt(squares)
-    model.zero_grad()
-    return {"entropy": statistics.mean(entropies), "gradients": norms}
-
-
-def count(parameters) -> int:
-    return sum(parameter.numel() for parameter in parameters)
-
-
-def make(run: Run, places: Places) -> dict:
-    """Trains one model. Returns the run's fields and its figures, as plain types."""
-    torch.set_num_threads(places.threads)
-    device = torch.device(run.device)
-    base, info = open_model(places.base, places.data_dir)
-    base = limit_window(base).to(device)
-    T = base.config.block_size
-    tokenizer = info["tokenizer"]
-    text = load_dataset(places.dataset, tokenizer, places.data_dir, ("train",))["train"].tokens
-    yardstick = make_yardstick(run, places, tokenizer, T)
-
-    # The model.
-    torch.manual_seed(run.seed)
-    model, new = build(base, run.method, run.options)
-    model = model.to(device)
-    set_trainable(model, new if run.train == "new" else "all")
-    optimizer = make_optimizer(model, run.lr, run.memory_lr, run.weight_decay)
-    dtype = getattr(torch, run.dtype)
-    inside = run.seed == 1 and has_memory(model)  # one seed is looked into
-    result = dataclasses.asdict(run)
+    settings.upscale = run["method"]
+    for name in ("tokens", "lr", "seed"):
+        setattr(settings, name, run[name])
+    settings.memory_lr = run["memory_lr"] or 0.0
+    result = dict(run)
     added = {p for i in model.config.new for p in model.h[i].parameters()}  # a shared one once
-    result["added"] = count(added)
-    result["trained"] = count(p for p in model.parameters() if p.requires_grad)
-
-    # The same loop for every method. A thread of its own on a CPU is timed by the processor's
-    # clock, which does not mind what else runs.
-    steps = max(1, run.tokens // (run.batch_size * T))
-    measured_after = {steps * i // run.n_points for i in range(run.n_points + 1)}
-    alone = device.type == "cpu" and places.threads == 1
-    clock = time.process_time if alone else time.perf_counter
-    seconds = 0.0
-    losses = []
-    points = []
+    result["added"] = sum(p.numel() for p in added)
+    result["multiplications"] = multiplications(model)
+    look_inside = run["split"] == "test" and run["seed"] == 1
+    if look_inside:
+        result["used_at_start"] = slots_in_use(model, new)
+    progress = train.new_progress({})
     try:
-        hidden = None if places.show else True
-        for step in tqdm(range(steps + 1), unit="step", disable=hidden, leave=False):
-            batch = get_batch(text, step, run.batch_size, T, run.seed)
-            batch = (batch[0].to(device), batch[1].to(device))  # both (B, T)
-            if step in measured_after:
-                points.append({"step": step, **yardstick.measure(model)})
-                if inside:
-                    part = run.batch_size // run.grad_accum  # no more memory than a step takes
-                    points[-1].update(look(model, (batch[0][:part], batch[1][:part]), dtype))
-            if step == steps:
-                break
-            start = clock()
-            for group in optimizer.param_groups:
-                group["lr"] = group["peak_lr"] * schedule(step, max(1, steps // 20), steps)
-            losses.append(train_step(model, optimizer, batch, dtype, run.grad_accum))
-            seconds += clock() - start
-        result["diverged"] = not math.isfinite(points[-1]["new"])
+        train.train(model, settings, progress, new)
+        result["end"] = measure(model, new, old, run["split"])
     except FloatingPointError:
-        result["diverged"] = True
-    result["points"] = points
-    result["losses"] = [round(loss, 4) for loss in losses[:: max(1, steps // 50)]]
-    result["seconds"] = seconds
-    result["rate"] = len(losses) * run.batch_size * T / max(seconds, 1e-9)
-    result["threads"] = places.threads
+        result["end"] = None  # diverged
+    if look_inside:
+        result["used"] = slots_in_use(model, new)
+    result["losses"] = [round(loss, 4) for loss in progress["losses"][::16]]
+    result["tokens_per_second"] = train.tokens_per_second(progress, settings)
     result["torch"] = torch.__version__
+    result["python"] = platform.python_version()
     return result
 
 
-def limit_window(base: GPT) -> GPT:
-    """A Llama reads windows of any length; here they are short."""
-    if hasattr(base.config, "rope_base"):
-        base.config.block_size = min(base.config.block_size, 256)
-    return base
-
-
 # ---- Many runs -----------------------------------------------------------------------------------
-FIELDS = [field.name for field in dataclasses.fields(Run)]
+class Results:
+    """Finished runs, those of the file and those made now."""
+
+    def __init__(self, path: str, stale: bool):
+        self.path = path
+        self.names = [name for name in NAMING if name != "code" or not stale]
+        self.runs = []
+        if os.path.exists(path):
+            with open(path, encoding="utf-8") as file:
+                lines = file.read().split("\n")
+            # The last line may be cut by a crash; a run that is lost is made again.
+            for number, line in enumerate(lines):
+                try:
+                    run = json.loads(line)
+                    assert set(NAMING) <= run.keys()
+                    self.runs.append(run)
+                except (ValueError, AssertionError, AttributeError):
+                    if number < len(lines) - 1:
+                        sentence = "is not a results file of this program; name another"
+                        raise ValueError(f"{path} {sentence} with --results") from None
+
+    def find(self, run: dict) -> dict | None:
+        """The finished run of this name."""
+        for done in self.runs:
+            if all(done[name] == run[name] for name in self.names):
+                return done
+        return None
+
+    def differs_in_code_alone(self, run: dict) -> bool:
+        rest = [name for name in NAMING if name != "code"]
+        return any(all(done[name] == run[name] for name in rest) for done in self.runs)
+
+    def add(self, run: dict) -> None:
+        self.runs.append(run)
+        with open(self.path, "a", encoding="utf-8") as file:
+            file.write(json.dumps(run) + "\n")
 
 
-def read_results(path: str) -> list[dict]:
-    """The finished runs; what a fault left of a last line is dropped.
-
-    Raises ValueError, and changes nothing, if the file is something else.
-    """
-    if not os.path.exists(path):
-        return []
-    with open(path, encoding="utf-8") as file:
-        *lines, last = file.read().split("\n")
-    refusal = f"{path} is not a results file of this script; name another with --results"
-    try:
-        done = [json.loads(line) for line in lines]
-    except ValueError:
-        raise ValueError(refusal) from None
-
-    # The last line may lack its end, or no more than that.
-    if last:
-        try:
-            done.append(json.loads(last))
-        except ValueError:
-            if not lines and not last.startswith('{"base": "'[: len(last)]):
-                raise ValueError(refusal) from None
-    for run in done:
-        if not isinstance(run, dict) or not {*FIELDS, "points"} <= run.keys():
-            raise ValueError(refusal)
-    if last:
-        with common.written_whole(path) as temporary, open(temporary, "w") as file:
-            file.writelines(json.dumps(run) + "\n" for run in done)
-    return done
+def describe(run: dict) -> str:
+    """A line about a finished run, which needs no key."""
+    options = "".join(f", {name} {value}" for name, value in run["options"].items())
+    rates = f"lr {run['lr']:g}"
+    if run["memory_lr"] is not None:
+        rates += f", banks {run['memory_lr']:g}"
+    what = f"{run['method']}{options}; {run['train']} trained; {rates}; seed {run['seed']}"
+    if run["end"] is None:
+        return f"{what}: diverged"
+    figures = [
+        f"{kind} text {run['end'][kind]:.3f}" for kind in ("new", "old") if kind in run["end"]
+    ]
+    return f"{what}: {run['split']} perplexity, {', '.join(figures)}"
 
 
-def find(run: Run, done: list[dict]) -> dict | None:
-    """The finished run that is equal to this one."""
-    wanted = dataclasses.asdict(run)
-    for result in done:
-        if all(result[name] == wanted[name] for name in FIELDS):
-            return result
-    return None
-
-
-def make_apart(run: Run, places: Places) -> dict:
-    """make() in a fresh process, so that none inherits another's memory or random numbers."""
-    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as process:
-        try:
-            return process.submit(make, run, places).result()
-        except BrokenProcessPool:
-            # What kills a process is nearly always a lack of memory.
-            raise MemoryError(f"{run.method}: a run was killed; try fewer --jobs") from None
-
-
-def make_all(runs: list[Run], places: Places, jobs: int, path: str, done: list[dict]) -> None:
-    """Makes the runs that are not done, and adds each to done and to the file when it ends."""
+def make_all(runs: list[dict], results: Results, pool: ProcessPoolExecutor, words: list) -> None:
+    """Makes the runs that are not there, and keeps each when it ends."""
     missing = []
     for run in runs:
-        if find(run, done) is None and run not in missing:
+        if results.find(run) is None and run not in missing:
             missing.append(run)
     if not missing:
         return
-    print(f"{len(missing)} runs to make", flush=True)
+    stale = sum(results.differs_in_code_alone(run) for run in missing)
+    read = len(runs) - len(missing)
+    print(f"{read} runs read, {len(missing)} to make", flush=True)
+    if stale:
+        print(f"{stale} of them are there, made by other code; --stale would read them")
 
     # One that fails does not take the others with it.
     failure = None
-    bar = tqdm(total=len(missing), unit="run", disable=None, leave=False)
-    with bar, ThreadPoolExecutor(jobs) as pool:
-        futures = [pool.submit(make_apart, run, places) for run in missing]
+    futures = [pool.submit(make, run, words) for run in missing]
+    for future in tqdm(as_completed(futures), total=len(futures), unit="run", disable=None):
         try:
-            for future in as_completed(futures):
-                bar.update()
-                if future.exception() is not None:
-                    failure = future.exception()
-                    continue
-                result = future.result()
-                done.append(result)
-                with open(path, "a", encoding="utf-8") as file:
-                    file.write(json.dumps(result) + "\n")
-                tqdm.write(describe(result))
-        except KeyboardInterrupt:
-            pool.shutdown(cancel_futures=True)
-            raise
+            results.add(future.result())
+            tqdm.write(describe(results.runs[-1]))
+        except Exception as error:
+            failure = error
     if failure is not None:
         raise failure
 
 
-def describe(result: dict) -> str:
-    """A line about a finished run."""
-    options = " ".join(f"{name}={value}" for name, value in result["options"].items())
-    banks = "" if result["memory_lr"] is None else f"banks {result['memory_lr']:g}, "
-    rates = f"lr {result['lr']:g}, {banks}seed {result['seed']}"
-    line = f"{result['method']} {options}; {result['train']}; {rates}:"
-    if result["diverged"]:
-        return f"{line} diverged"
-    end = result["points"][-1]
-    figures = [f"{name} {end[name]:.4g}" for name in ("new", "old", "recall") if name in end]
-    return f"{line} {result['split']}, {', '.join(figures)}"
-
-
 # ---- Rates ---------------------------------------------------------------------------------------
-def at_the_end(result: dict) -> float:
-    """Perplexity on the new text at the end of a run; infinite if it diverged."""
-    return math.inf if result["diverged"] else result["points"][-1]["new"]
-
-
-def best(runs: dict[float, Run], done: list[dict], label: str, what: str) -> float:
-    """The rate of the best of these runs; says so when it lies at the edge of those tried."""
-    results = {rate: find(run, done) for rate, run in runs.items()}
-    ends = {rate: at_the_end(result) for rate, result in results.items() if result is not None}
-    rate = min(ends, key=ends.get)
-    tried = ", ".join(f"{tried:g}: {end:.4g}" for tried, end in sorted(ends.items()))
-    note = ""
-    if rate in (min(ends), max(ends)):
-        note = "; at the edge of those tried"
-    print(f"{label}: {what} {rate:g} ({tried}{note})")
-    return rate
-
-
-@dataclasses.dataclass
-class Choice:
-    """The rates of a method, and the runs that chose them."""
-
-    lr: float
-    memory_lr: float | None
-    trials: list[Run]
-
-
-def choose_rates(
-    methods: list[Method],
-    first: dict[str, Run],
-    args: argparse.Namespace,
-    done: list[dict],
-    make_them: Callable[[list[Run]], None],
-) -> dict[str, Choice]:
-    """What is best for each method, by label. first: a run of each, to be varied."""
-    # Trials have a seed and a split of their own, and may be shorter.
-    trials = {}
-    for label, run in first.items():
-        tokens = args.rate_tokens or run.tokens
-        trial = dataclasses.replace(run, tokens=tokens, n_points=1, split="valid", seed=0)
-        trials[label] = trial
-
-    # First lr, with the bank's rate in the middle: all pairs would be too many.
-    middle = args.memory_lrs[len(args.memory_lrs) // 2]
-    first_bank = {}
-    of_lr = {}
-    for method in methods:
-        lrs = [method.options["lr"]] if "lr" in method.options else args.lrs
-        bank = method.options.get("memory_lr", middle) if method.name in WITH_MEMORY else None
-        first_bank[method.label] = bank
-        of_lr[method.label] = {lr: vary(trials[method.label], lr, bank) for lr in lrs}
-    lr_of = search(of_lr, "lr", done, make_them)
-
-    # Then the bank's, with that lr.
-    of_bank = {}
-    for method in methods:
-        banks = [first_bank[method.label]]
-        if method.name in WITH_MEMORY and "memory_lr" not in method.options:
-            banks = args.memory_lrs
-        trial = trials[method.label]
-        of_bank[method.label] = {bank: vary(trial, lr_of[method.label], bank) for bank in banks}
-    bank_of = search(of_bank, "banks", done, make_them)
-
-    choices = {}
-    for label in first:
-        runs = [*of_lr[label].values(), *of_bank[label].values()]
-        made = [run for run in runs if find(run, done) is not None]
-        choices[label] = Choice(lr_of[label], bank_of[label], made)
-    return choices
+def end_of(run: dict | None) -> float:
+    """Perplexity on the new text at the end; infinite if it diverged."""
+    return math.inf if run is None or run["end"] is None else run["end"]["new"]
 
 
 def search(
-    trials: dict[str, dict[float, Run]],
-    what: str,
-    done: list[dict],
-    make_them: Callable[[list[Run]], None],
+    trials: dict[str, dict[float, dict]], results: Results, make_them: Callable[[list], None]
 ) -> dict[str, float]:
-    """The best rate of each method; trials: by label, a run for each rate. One alone is taken.
+    """The best rate of each method. trials: by method, a run for each rate.
 
     Each method starts in the middle of its rates and goes on while a neighbour is better. So a wide
     grid costs no more than a narrow one, and the best seldom lies at its edge.
     """
-    several = {label: runs for label, runs in trials.items() if len(runs) > 1}
+    best = {}
     while True:
         missing = []
-        for runs in several.values():
-            missing += [run for run in around_the_best(runs, done) if find(run, done) is None]
+        for method, runs in trials.items():
+            rates = sorted(runs)
+            done = [i for i, rate in enumerate(rates) if results.find(runs[rate]) is not None]
+            centre = len(rates) // 2
+            if done:
+                centre = min(done, key=lambda i: end_of(results.find(runs[rates[i]])))
+            best[method] = rates[centre]
+            for rate in rates[max(0, centre - 1) : centre + 2]:
+                if results.find(runs[rate]) is None:
+                    missing.append(runs[rate])
         if not missing:
-            break
+            return best
         make_them(missing)
 
-    chosen_rates = {}
-    for label, runs in trials.items():
-        if label in several:
-            chosen_rates[label] = best(runs, done, label, what)
-        else:
-            (chosen_rates[label],) = runs
-    return chosen_rates
+
+def choose_rates(
+    first: dict[str, dict], results: Results, make_them: Callable[[list], None]
+) -> dict[str, tuple[float, float | None]]:
+    """lr and the banks' rate that are best for each method. first: a run of each."""
+
+    def vary(method: str, lr: float, memory_lr: float | None) -> dict:
+        run = dict(first[method], split="valid", seed=0, lr=lr)
+        run["memory_lr"] = memory_lr
+        return run
+
+    # First lr, with the bank's rate in the middle: all pairs would be too many.
+    given = {method: run["lr"] for method, run in first.items()}
+    banks = {method: run["memory_lr"] for method, run in first.items()}
+    middle = {
+        method: MEMORY_LRS[len(MEMORY_LRS) // 2] if bank == 0 else bank
+        for method, bank in banks.items()
+    }
+    trials = {
+        method: {lr: vary(method, lr, middle[method]) for lr in LRS}
+        for method in first
+        if given[method] == 0
+    }
+    lrs = given | search(trials, results, make_them)
+
+    # Then the bank's, with that lr.
+    trials = {
+        method: {bank: vary(method, lrs[method], bank) for bank in MEMORY_LRS}
+        for method in first
+        if banks[method] == 0
+    }
+    memory_lrs = banks | search(trials, results, make_them)
+    for method in trials:
+        if memory_lrs[method] in (MEMORY_LRS[0], MEMORY_LRS[-1]):
+            print(f"{method}: the best rate of banks lies at the edge of those tried")
+    return {method: (lrs[method], memory_lrs[method]) for method in first}
 
 
-def around_the_best(runs: dict[float, Run], done: list[dict]) -> list[Run]:
-    """The best run so far, or the one in the middle, and its two neighbours."""
-    rates = sorted(runs)
-    ends = {}
-    for i, rate in enumerate(rates):
-        result = find(runs[rate], done)
-        if result is not None:
-            ends[i] = at_the_end(result)
-    centre = min(ends, key=ends.get) if ends else len(rates) // 2
-    return [runs[rate] for rate in rates[max(0, centre - 1) : centre + 2]]
-
-
-def vary(run: Run, lr: float, memory_lr: float | None) -> Run:
-    return dataclasses.replace(run, lr=lr, memory_lr=memory_lr)
-
-
-# ---- Table and picture ---------------------------------------------------------------------------
-def mean_and_spread(values: list[float], digits: int = 2) -> str:
+# ---- Table ---------------------------------------------------------------------------------------
+def mean_and_spread(values: list[float], digits: int = 3) -> str:
     """Mean, and half the range where there are several."""
-    if not values:
-        return "-"
     text = f"{statistics.mean(values):.{digits}f}"
     if len(values) > 1:
         text += f" ± {(max(values) - min(values)) / 2:.{digits}f}"
     return text
 
 
-def curve_of(runs: list[dict]) -> list[dict]:
-    """The points of a method: at each, the means over seeds."""
-    ended = [run["points"] for run in runs if not run["diverged"]]
-    curve = []
-    for same in zip(*ended):
-        point = {}
-        for name in ("step", "new", "old", "recall"):
-            if name in same[0]:
-                point[name] = statistics.mean(p[name] for p in same)
-        curve.append(point)
-    return curve
+def print_table(rows: list[Row], finals: dict[str, list[dict]], at_start: dict) -> None:
+    """A row per method; the share of what llama-pro gains is in nats."""
 
+    def gain(method: str) -> float:
+        ends = [math.log(end_of(run)) for run in finals[method]]
+        return math.log(at_start["new"]) - statistics.mean(ends)
 
-def old_at(curve: list[dict], level: float) -> float | None:
-    """Perplexity on the old text where that on the new one falls to level; None if it does not.
-
-    Between two points, on a straight line of logarithms.
-    """
-    for before, after in zip(curve, curve[1:]):
-        if before["new"] > level >= after["new"]:
-            whole = math.log(before["new"] / after["new"])
-            share = math.log(before["new"] / level) / whole
-            return before["old"] * (after["old"] / before["old"]) ** share
-    return None
-
-
-def front(points: list[dict]) -> list[dict]:
-    """Those that no other beats on both texts, from the least learned to the most."""
-    kept = []
-    for point in sorted(points, key=lambda point: point["new"]):
-        if not kept or point["old"] < kept[-1]["old"]:
-            kept.append(point)
-    return kept[::-1]
-
-
-def print_costs(choices: dict[str, Choice], done: list[dict], levels: list[int]) -> None:
-    """What the new text costs: a column for each level, over the rates that were tried."""
-    lines = []
-    for label, choice in choices.items():
-        trials = [find(run, done) for run in choice.trials]
-        ends = front([trial["points"][-1] for trial in trials if not trial["diverged"]])
-        costs = [old_at(ends, level) for level in levels]
-        line = [label, *("-" if cost is None else f"{cost:.1f}" for cost in costs)]
-        lines.append(line)
-    print("\nWhat the new text costs: perplexity on the old one where the new has come down to")
-    print("this, between the ends of runs with several rates (seed 0, validation splits)\n")
-    common.print_table(["new blocks", *map(str, levels)], lines)
-
-
-def print_rows(base: dict, rows: dict[str, list[dict]]) -> None:
-    """The table: the base, then each method by its label, with its runs."""
-    more = [name for name in ("old", "recall") if name in base]
-    header = ["new blocks", "added M", "trained M", "lr", "banks", "start", "new text"]
-    header += ["old text" if name == "old" else "facts known" for name in more]
-    header += ["slots ever best", "tokens/s"]
-    first = ["(base)", "", "", "", "", "", f"{base['new']:.2f}"]
-    first += [f"{base[name]:.2f}" for name in more]
-    lines = [first + [""] * (len(header) - len(first))]
-
-    for label, runs in rows.items():
-        ended = [run for run in runs if not run["diverged"]]
-        diverged = len(runs) - len(ended)
+    header = ["new blocks", "parameters added", "multiplications per token added", "tokens/s"]
+    header += ["lr, banks", "new text", "old text", "share of llama-pro's gain", "slots ever best"]
+    print("| " + " | ".join(header) + " |")
+    print("| --- " * len(header) + "|")
+    old = f"{at_start['old']:.3f}" if "old" in at_start else ""
+    print(f"| the base | | | | | {at_start['new']:.3f} | {old} | | |")
+    for row in rows:
+        runs = finals[row.method]
         one = runs[0]
-        line = [label + (f" ({diverged} of {len(runs)} diverged)" if diverged else "")]
-        line += [f"{one['added'] / 1e6:.2f}", f"{one['trained'] / 1e6:.2f}", f"{one['lr']:g}"]
-        line.append("" if one["memory_lr"] is None else f"{one['memory_lr']:g}")
-        line.append(f"{one['points'][0]['new']:.2f}")
-        for name in ("new", *more):
-            line.append(mean_and_spread([run["points"][-1][name] for run in ended]))
-        used = ended[0]["points"][-1].get("used", []) if ended else []
-        line.append(" / ".join(f"{100 * share:.0f}" for share in used) + (" %" if used else ""))
-        line.append(f"{statistics.mean(run['rate'] for run in runs):,.0f}")
-        lines.append(line)
-    common.print_table(header, lines)
-    print("\n±: half the range over seeds. start: the new text before training.")
-
-
-def print_inside(rows: dict[str, list[dict]]) -> None:
-    """How the memories were on the way: a table per method, of the seed that was looked into."""
-    for label, runs in rows.items():
-        points = [point for run in runs for point in run["points"] if "entropy" in point]
-        if not points:
+        cells = [row.words, f"{one['added']:,}", f"{one['multiplications']:,}"]
+        cells.append(f"{statistics.median(run['tokens_per_second'] for run in runs):,.0f}")
+        bank = "" if one["memory_lr"] is None else f", {one['memory_lr']:g}"
+        cells.append(f"{one['lr']:g}{bank}")
+        ended = [run["end"] for run in runs if run["end"] is not None]
+        if len(ended) < len(runs):
+            cells.append(f"{len(runs) - len(ended)} of {len(runs)} diverged")
+            print("| " + " | ".join(cells) + " |")
             continue
-        print(f"\nInside {label}\n")
-        lines = []
-        for point in points:
-            used = " / ".join(f"{100 * share:.1f}" for share in point["used"])
-            norms = [f"{norm:.3f}" for norm in point["gradients"].values()]
-            lines.append([str(point["step"]), f"{used} %", f"{point['entropy']:.3f}", *norms])
-        kinds = [f"gradient of {kind}" for kind in points[0]["gradients"]]
-        common.print_table(["step", "slots ever best, by block", "entropy", *kinds], lines)
-    print("\nentropy: of a read's weights, in nats; gradients: norms over all memory blocks")
+        for kind in ("new", "old"):
+            known = [end[kind] for end in ended if kind in end]
+            cells.append(mean_and_spread(known) if known else "")
+        share = f"{gain(row.method) / gain('llama-pro'):.0%}" if "llama-pro" in finals else ""
+        cells.append(share)
+        cells.append(" / ".join(f"{used:.0%}" for used in one.get("used", [])))
+        print("| " + " | ".join(cells) + " |")
 
 
-def plot(base: dict, rows: dict[str, list[dict]], path: str) -> None:
-    """New against old text, or over steps where there is no old; a curve per method, with its name.
-
-    The start is left out: there all stand at the base, far off.
-    """
-    from matplotlib import pyplot
-    from matplotlib.ticker import LogLocator, NullLocator
-
-    figure, axis = pyplot.subplots(figsize=(8, 5))
-    for label, runs in rows.items():
-        curve = curve_of(runs)[1:]
-        if not curve:
-            continue
-        news = [point["new"] for point in curve]
-        if "old" in base:
-            xs = news
-            ys = [point["old"] for point in curve]
-            how = {"xytext": (-4, 2), "ha": "right", "va": "bottom"}
-        else:
-            xs = [point["step"] for point in curve]
-            ys = news
-            how = {"xytext": (6, 0), "ha": "left", "va": "center"}
-        (line,) = axis.plot(xs, ys, marker="o", markersize=3)
-        name = label.split(":lr=")[0]
-        axis.annotate(
-            name,
-            (xs[-1], ys[-1]),
-            color=line.get_color(),
-            textcoords="offset points",
-            bbox={"facecolor": "white", "edgecolor": "none", "alpha": 0.7, "pad": 0.5},
-            **how,
-        )
-
-    # Room for the names, on the side where the curves end.
-    if "old" in base:
-        axis.set_xscale("log")
-        axis.set_yscale("log")
-        for one in (axis.xaxis, axis.yaxis):
-            one.set_major_locator(LogLocator(subs=(1, 1.2, 1.5, 2, 3, 5, 7)))
-            one.set_major_formatter("{x:.4g}")
-            one.set_minor_locator(NullLocator())
-        left, right = axis.get_xlim()
-        axis.set_xlim(left / (right / left) ** 0.25, right)
-        axis.set_xlabel("perplexity on the new text (better to the left)")
-        axis.set_ylabel("perplexity on the old text (better below)")
-        axis.axhline(base["old"], color="grey", linestyle=":", linewidth=1)
-        axis.text(1, base["old"], " base", transform=axis.get_yaxis_transform(), va="center")
-    else:
-        axis.axhline(base["new"], color="grey", linestyle=":", linewidth=1)
-        axis.text(0, base["new"], "base", va="bottom")
-        _, right = axis.get_xlim()
-        axis.set_xlim(0, 1.2 * right)
-        axis.set_xlabel("steps")
-        axis.set_ylabel("perplexity on the new text")
-    axis.spines[["top", "right"]].set_visible(False)
-    figure.tight_layout()
-    figure.savefig(path, metadata={"Date": None} if path.endswith(".svg") else None)
+def print_trials(trials: list[dict]) -> None:
+    """What each method learns, and what that costs, over the rates that were tried."""
+    print("\n| method | lr | banks | new text | old text |\n| --- | --- | --- | --- | --- |")
+    for run in sorted(trials, key=lambda run: (run["method"], str(run["options"]), run["lr"])):
+        if run["end"] is not None:
+            bank = "" if run["memory_lr"] is None else f"{run['memory_lr']:g}"
+            options = "".join(f", {name} {value}" for name, value in run["options"].items())
+            figures = [f"{run['end'].get(kind, math.nan):.3f}" for kind in ("new", "old")]
+            cells = [f"{run['method']}{options}", f"{run['lr']:g}", bank, *figures]
+            print("| " + " | ".join(cells) + " |")
 
 
 # ---- The command ---------------------------------------------------------------------------------
-def rates(text: str) -> list[float]:
-    return sorted({real_number(part) for part in text.split(",")})
-
-
 def parse_arguments() -> argparse.Namespace:
-    parser = common.Parser("Compare ways to deepen a model; resumable.")
+    parser = common.Parser("Compare ways to deepen a model; goes on where it was stopped.")
     add = parser.add_argument
-    add("--base", default="scratch", help="of transformer blocks alone (default: train.py's own)")
-    words = f"of {', '.join(METHODS)}; options after colons: midus:query=block"
-    add("--methods", required=True, nargs="+", help=words)
-    add("--train", choices=("new", "all"), default="new", help="what trains (default new)")
-    add("--seeds", type=whole_number, default=1, help="runs per method (default 1)")
-
-    # Texts.
-    add("--dataset", choices=DATASETS, help="the new text (default: the base's own)")
-    add("--data_dir", help="its folder (default: the base's own)")
-    add("--old_dataset", choices=DATASETS, help="the text that the base knows: is it kept?")
-    add("--old_data_dir", help="its folder (default: --data_dir)")
-    add("--facts", help="a folder of facts.py: count the facts that are known")
-    add("--eval_tokens", type=whole_number, default=60_000, help="of each text (default 6e4)")
+    add("tables", nargs="*", default=["main"], help=f"of {', '.join(TABLES)} (default main)")
+    add("--methods", nargs="+", help="instead of a table: midus:query=token:n_keys=64 ...")
+    add("--seeds", type=common.whole_number, default=3, help="runs per method (default 3)")
+    add("--tokens", type=common.whole_number, help="of each run (default: as train.py)")
     add("--split", choices=("valid", "test"), default="test", help="of the table (default test)")
-
-    # Sizes and training.
-    add("--n_new", type=whole_number, help="new blocks (default: half as many as there are)")
-    add("--n_keys", type=whole_number, default=32, help="(default 32)")
-    add("--top_k", type=whole_number, default=8, help="(default 8)")
-    add("--d_latent", type=whole_number, default=32, help="(default 32)")
-    add("--tokens", type=whole_number, default=1_600_000, help="of each run (default 1.6e6)")
-    add("--batch_size", type=whole_number, default=8, help="sequences per step (default 8)")
-    add("--grad_accum", type=whole_number, default=1, help="parts of a step's batch (default 1)")
-    add("--lrs", type=rates, default="3e-4,1e-3,3e-3,1e-2,3e-2", help="to choose from; or one")
-    add("--memory_lrs", type=rates, default="1e-2,3e-2,1e-1,3e-1", help="of banks: the same")
-    add("--rate_tokens", type=whole_number, help="of a run that chooses (default: --tokens)")
-    add("--weight_decay", type=real_number, default=0.1, help="(default 0.1)")
-
-    # The machine, and what is written.
-    add("--device", help="cpu, cuda or mps (default: the best there is)")
-    add("--jobs", type=whole_number, help="runs at a time (default: a CPU's cores, else 1)")
-    add("--results", type=common.new_file(".jsonl"), default="results.jsonl", help="finished runs")
-    add("--levels", type=whole_numbers, default=[], help="of the new text, to compare the old at")
-    add("--inside", action="store_true", help="how slots and gradients were on the way")
-    add("--plot", type=common.new_file(".svg", ".png"), help="draw new against old to this file")
-    return parser.parse_args()
-
-
-def train_base(args: argparse.Namespace, device: torch.device) -> str:
-    """The path of the base that train.py makes of nothing. It is trained if it is not there."""
-    nothing = train.Base("scratch", config=None, info={}, model=None)
-    given = {"upscale": "midus", "dataset": args.dataset or "pydocs"}
-    given["data_dir"] = os.path.abspath(args.data_dir or "data")
-    settings = train.choose_settings(given, nothing, device)
-    settings.grad_accum = 1
-    torch.set_num_threads(settings.threads)
-    source = (settings.dataset, settings.tokenizer, settings.data_dir, ("train", "valid"))
-    data = load_dataset(*source)
-    train.get_base(nothing, settings, data, device)
-    own = train.settings_of_scratch_base(settings)
-    return train.path_of_scratch_base(own, data["train"])
-
-
-def open_base(args: argparse.Namespace, device: torch.device) -> tuple[GPT, dict]:
-    """The base, and what its file says of it. Raises ValueError if it is none."""
-    if args.base == "scratch":
-        args.base = train_base(args, device)
-    base, info = open_model(args.base, args.data_dir or "data")
-    check_vocabulary(info["tokenizer"], base.config.vocab_size)
-    if base.config.new:
-        raise ValueError(f"{args.base} is up-scaled already; name the base that it was made of")
-    return limit_window(base), info
-
-
-def complete(method: Method, args: argparse.Namespace, n_layer: int) -> None:
-    """Adds to a method's options what the command says for all methods."""
-    if "positions" not in method.options:
-        method.options.setdefault("n_new", args.n_new or max(1, n_layer // 2))
-    if method.name in WITH_MEMORY:
-        for name in ("n_keys", "top_k", "d_latent"):
-            method.options.setdefault(name, getattr(args, name))
-
-
-def refuse_impossible(base: GPT, method: Method) -> None:
-    """Raises ValueError for a method that cannot be, before anything is trained."""
-    if method.name == "lesa":
-        baselines.check_triples(base)
-
-    # Two methods compute with weights, which there are none of here; a third places blocks alike.
-    name = "average" if method.name in ("lesa", "opt-deus") else method.name
-    with torch.device("meta"):
-        model, new = build(type(base)(base.config), name, method.options)
-        set_trainable(model, new)
-
-
-def find_texts(args: argparse.Namespace, info: dict, threads: int, show: bool) -> Places:
-    """Where the texts are. Raises ValueError if nothing says what to train on."""
-    dataset = args.dataset or info.get("dataset")
-    if dataset is None:
-        raise ValueError(f"{args.base} does not say what it was trained on; give --dataset")
-    data_dir = os.path.abspath(args.data_dir or info.get("data_dir", "data"))
-    return Places(
-        base=args.base,
-        dataset=dataset,
-        data_dir=data_dir,
-        old_dataset=args.old_dataset,
-        old_data_dir=os.path.abspath(args.old_data_dir or data_dir),
-        facts=args.facts,
-        threads=threads,
-        show=show,
-    )
-
-
-def identify(base: GPT, tokenizer: str, places: Places) -> dict[str, str | None]:
-    """What names the base and the texts in a Run, whatever they are called on this machine.
-
-    Texts are tokenized here, once for all runs.
-    """
-    digest = hashlib.sha256(repr(dataclasses.asdict(base.config)).encode())
-    for tensor in base.state_dict().values():
-        digest.update(tensor.cpu().numpy().tobytes())
-    names = {"base": digest.hexdigest(), "old_text": None, "questions": None}
-    new = load_dataset(places.dataset, tokenizer, places.data_dir)
-    names["new_text"] = new["train"].identity
-    if places.old_dataset is not None:
-        old = load_dataset(places.old_dataset, tokenizer, places.old_data_dir, ("valid", "test"))
-        names["old_text"] = old["valid"].identity
-    if places.facts is not None:
-        names["questions"] = common.file_sha256(os.path.join(places.facts, "questions.jsonl"))
-    return names
-
-
-def first_run(method: Method, args: argparse.Namespace, names: dict, device: torch.device) -> Run:
-    """A run of this method, which has no rates yet."""
-    of_the_run = ("tokens", "lr", "memory_lr")  # these options do not shape the model
-    options = {name: o for name, o in method.options.items() if name not in of_the_run}
-    return Run(
-        **names,
-        method=method.name,
-        options=options,
-        train=args.train,
-        tokens=method.options.get("tokens", args.tokens),
-        batch_size=args.batch_size,
-        grad_accum=args.grad_accum,
-        lr=0.0,
-        memory_lr=None,
-        weight_decay=args.weight_decay,
-        eval_tokens=args.eval_tokens,
-        n_points=5,
-        split=args.split,
-        seed=1,
-        device=device.type,
-        dtype="bfloat16" if common.has_bf16(device) else "float32",
-    )
-
-
-def refuse_flags(args: argparse.Namespace) -> None:
-    """Raises ValueError for flags that do not go together."""
-    if args.plot:
-        common.need_matplotlib()
-    if args.levels and args.old_dataset is None:
-        raise ValueError("--levels compares by the old text; give --old_dataset")
-    if args.batch_size % args.grad_accum:
-        raise ValueError("--grad_accum must divide --batch_size")
+    add("--jobs", type=common.whole_number, help="runs at a time (default: a CPU's cores, else 1)")
+    path = os.path.join(ROOT, "experiments", "results", "study.jsonl")
+    add("--results", type=common.new_file(".jsonl"), default=path, help="finished runs")
+    add("--stale", action="store_true", help="read runs that were made by other code, too")
+    for name in ("base", "dataset", "data_dir", "old_dataset", "old_data_dir", "device", "dtype"):
+        add(f"--{name}", help="as in train.py")
+    args = parser.parse_args()
+    for table in args.tables:
+        if table not in TABLES:
+            raise ValueError(f"there is no table {table}; choose from {', '.join(TABLES)}")
+    return args
 
 
 def main() -> None:
     args = parse_arguments()
-    refuse_flags(args)
-    device = common.pick_device(args.device)
-    cores = os.cpu_count() or 1 if device.type == "cpu" else 1
-    jobs = args.jobs or cores
+    rows = [row for table in args.tables for row in TABLES[table]]
+    if args.methods:
+        rows = [Row("", text, text) for text in args.methods]
+    methods_of = {row.method: read_method(row.method) for row in rows}
 
-    # The base, and what is to be made of it.
-    base, info = open_base(args, device)
-    methods = [read_method(label) for label in args.methods]
-    for method in methods:
-        complete(method, args, base.config.n_layer)
-        refuse_impossible(base, method)
-    done = read_results(args.results)
-    places = find_texts(args, info, threads=max(1, cores // jobs), show=jobs == 1)
-    names = identify(base, info["tokenizer"], places)
-    first = {method.label: first_run(method, args, names, device) for method in methods}
+    # The base, and what every method makes of it: what cannot be is refused here.
+    words = ["--upscale", "midus"]
+    for name in ("base", "dataset", "data_dir", "old_dataset", "old_data_dir", "device", "dtype"):
+        if getattr(args, name) is not None:
+            words += [f"--{name}", getattr(args, name)]
+    base, settings, device = start_of(words)
+    new, old = read_texts(settings)
+    texts = [split.identity for text in (new, old) for split in text.values()]
+    named = hash_of_model(base)
+    first = {}
+    for method, (name, options) in methods_of.items():
+        model, _ = build(base, name, options)
+        shaping = {option: options[option] for option in options if option not in OF_THE_RUN}
+        first[method] = {
+            "base": named,
+            "texts": texts,
+            "method": name,
+            "options": shaping,
+            "train": options.get("train", "new"),
+            "tokens": options.get("tokens", args.tokens or settings.tokens),
+            "batch_size": settings.batch_size,
+            "lr": options.get("lr", 0),  # 0: to be found
+            "memory_lr": options.get("memory_lr", 0) if has_bank(model) else None,
+            "weight_decay": settings.weight_decay,
+            "split": args.split,
+            "seed": 1,
+            "dtype": settings.dtype,
+            "device": device.type,
+            "code": hash_of_code(name),
+        }
 
-    size = count(base.parameters())
-    dtype = next(iter(first.values())).dtype
-    print(f"{len(methods)} methods on {args.base}: {size:,} parameters, {device}, {dtype},")
-    print(f"{args.tokens:,} tokens of {places.dataset} each, {jobs} runs at a time")
+    jobs = args.jobs or (os.cpu_count() if device.type == "cpu" else 1)
+    results = Results(args.results, args.stale)
+    print(f"{len(first)} methods on {settings.base}, {jobs} runs at a time, kept in {args.results}")
+    with ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn")) as pool:
 
-    # The rates, on a seed and a split of their own.
-    def make_them(runs: list[Run]) -> None:
-        make_all(runs, places, jobs, args.results, done)
+        def make_them(runs: list[dict]) -> None:
+            make_all(runs, results, pool, words)
 
-    choices = choose_rates(methods, first, args, done, make_them)
-
-    # The runs that count.
-    finals = {}
-    for label, run in first.items():
-        run = vary(run, choices[label].lr, choices[label].memory_lr)
-        finals[label] = [dataclasses.replace(run, seed=seed + 1) for seed in range(args.seeds)]
-    make_them([run for runs in finals.values() for run in runs])
-    rows = {label: [find(run, done) for run in runs] for label, runs in finals.items()}
+        try:
+            rates = choose_rates(first, results, make_them)
+            finals = {}
+            for method, run in first.items():
+                lr, memory_lr = rates[method]
+                chosen = dict(run, lr=lr, memory_lr=memory_lr)
+                finals[method] = [dict(chosen, seed=seed + 1) for seed in range(args.seeds)]
+            make_them([run for runs in finals.values() for run in runs])
+        except KeyboardInterrupt:
+            pool.shutdown(cancel_futures=True)
+            raise
 
     # What it comes to, beside the base.
-    any_run = next(iter(first.values()))
-    yardstick = make_yardstick(any_run, places, info["tokenizer"], base.config.block_size)
-    at_start = yardstick.measure(base.to(device))
-    print(f"\ntoken-level perplexity, {args.split} splits, {args.eval_tokens:,} tokens of each\n")
-    print_rows(at_start, rows)
-    if args.levels:
-        print_costs(choices, done, args.levels)
-    if args.inside:
-        print_inside(rows)
-    if args.plot:
-        plot(at_start, rows, args.plot)
+    print(f"\ntoken-level perplexity, {args.split} splits; means over seeds, ± half their range\n")
+    done = {method: [results.find(run) for run in runs] for method, runs in finals.items()}
+    print_table(rows, done, measure(base, new, old, args.split))
+
+    # The trials of these methods, which say at which cost on the old text the new one is learned.
+    names = ("method", "options", "train", "tokens", "base", "texts")
+    wanted = [[run[name] for name in names] for run in first.values()]
+    trials = [
+        run
+        for run in results.runs
+        if run["split"] == "valid" and [run[name] for name in names] in wanted
+    ]
+    if trials:
+        print(f"\ntrials of rates: seed 0, the first {TRIAL_TOKENS:,} tokens of validation splits")
+        print_trials(trials)
 
 
 if __name__ == "__main__":

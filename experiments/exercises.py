@@ -59,6 +59,7 @@ def my_method(base: GPT, n_new: int) -> GPT:
     Returns a model n_new blocks deeper, with its new blocks listed in config.new and the base's
     blocks around them, unchanged and in order; base is left as it was. What the new blocks start as
     is up to you, but not plain copies, and no output may be NaN. upscale.py's assemble, interleave
-    and place do most of it; an entry in COPIES of compare.py puts it into the table.
+    and place do most of it; a row in METHODS of experiments/methods.py puts it into compare.py's
+    table.
     """
     raise NotImplementedError

@@ -3,7 +3,6 @@
 import torch
 from torch import Tensor, nn
 
-from ablations import shared_bank
 from hml import HeadwiseMemory
 from model import GPT
 from upscale import assemble, interleave, place
@@ -38,7 +37,10 @@ def three_way_topk(first: Tensor, second: Tensor, third: Tensor, k: int) -> tupl
     return sums.gather(-1, winners), (a * n + b) * n + c
 
 
-share_bank = shared_bank
+def share_bank(model: GPT) -> None:
+    first, *others = [model.h[i].memory.hive for i in model.config.new]
+    for hive in others:
+        hive.bank = first.bank  # one Parameter, under several names
 
 
 @torch.no_grad()
