@@ -22,6 +22,7 @@ class Bigram(torch.nn.Module):
     def __init__(self, logits, block_size):
         super().__init__()
         self.wte = torch.nn.Embedding.from_pretrained(logits)
+        self.h = []
         self.config = GPTConfig(1, 1, 2, block_size, len(logits))
 
     def forward(self, tokens):
