@@ -11,6 +11,7 @@ import re
 import shlex
 import sys
 import zipfile
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -87,12 +88,17 @@ def test_the_python_examples_run(examples, capsys):
 def test_every_command_can_be_parsed(page, examples, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "experiments" / "results").mkdir(parents=True)
+    lacking = set()
     for script, *words in commands(page):
         assert (ROOT / script).exists(), script
-        if "--help" not in words and "Parser(" in text_of(script):
+        if script.endswith("hub.py") and not find_spec("accelerate"):
+            lacking.add("hub.py's commands need transformers and accelerate")
+        elif "--help" not in words and "Parser(" in text_of(script):
             parse(monkeypatch, script, words)
         else:
             assert not words or "--help" in words
+    if lacking:
+        pytest.skip(f"all others can; {', '.join(lacking)}")
 
 
 def test_the_set_up_runs_as_written(here, monkeypatch, capsys):
@@ -132,17 +138,17 @@ def test_the_command_for_a_gpu_runs_as_written(gpt2_vocabulary, server, here, mo
     entry = entry._replace(urls=[server.url + "made.zip"], sha256=sha256["made.zip"])
     monkeypatch.setitem(data.WIKITEXT, "wikitext103", entry)
 
-    words = "train.py --upscale midus --dataset wikitext103 --out midus.pt".split()
+    words = "train.py --upscale midus --dataset wikitext103".split()
     assert words in commands("README.md")
     assert call(monkeypatch, *words, "--preset", "gpt2") == 0
-    deeper, info = model.load_checkpoint("midus.pt")
+    deeper, info = model.load_checkpoint("ckpt.pt")
     settings, progress = info["settings"], info["progress"]
     assert deeper.config.blocks == "TMT" and info["old_dataset"] is None
     assert (settings["base"], settings["grad_accum"], settings["batch_size"]) == ("gpt2", 8, 32)
     assert progress["step"] == settings["tokens"] // (32 * 16) >= 2  # one epoch
     assert same_weights(deeper.h[0], original.h[0]) and same_weights(deeper.h[2], original.h[1])
 
-    assert call(monkeypatch, "eval.py", "midus.pt", "--stride", "8", "--json", "figures.json") == 0
+    assert call(monkeypatch, "eval.py", "ckpt.pt", "--stride", "8", "--json", "figures.json") == 0
     figures = json.loads(Path("figures.json").read_text())
     assert figures["dataset"] == "wikitext103" and figures["bytes"] == len(parts["test"].encode())
     assert figures["base"]["nll"] > figures["nll"]
