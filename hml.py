@@ -6,7 +6,7 @@ The Head-wise Memory Layer (HML) of MIDUS, Memory-Infused Depth Up-Scaling (Kim 
 Depth up-scaling takes a pre-trained model, puts new blocks between its old ones, and goes on
 pre-training. The new blocks are usually copies of old ones. MIDUS inserts memory blocks instead:
 
-      a transformer block                     a memory block; its x is what the left one puts out
+      a transformer block                     a memory block; its x is the left one's output
 
     x --+--> LayerNorm                      x --+--> LayerNorm             copied from the left
         |    attention (Q, K, V), H heads       |    attention (Q, K, V)   copied from the left
@@ -20,10 +20,17 @@ pre-training. The new blocks are usually copies of old ones. MIDUS inserts memor
         v
 
 So HML stands in the place of W_O *and* of the second LayerNorm and the FFN. One memory block goes
-inside every pair of transformer blocks, T M T, so a stack of 12 gets 6: retrieval is spread over
-the whole depth, and what a memory block adds is always worked on by a transformer block before the
-next memory is asked. This file is the HML line on the right; model.py has both blocks around it.
-The long line from x to the sum, the residual connection, is the block's and not the layer's.
+inside every pair of transformer blocks, so a stack of 12 gets 6: retrieval is spread over the whole
+depth, and what a memory block adds is always worked on by a transformer block before the next
+memory is asked. This file is the box HML on the right; model.py has both blocks around it. The
+long line from x to the sum, the residual connection, is the block's and not the layer's.
+
+Shape names, the same in every file:
+    B    batch                     n    rows, and columns, of the grid of slots (n_keys)
+    T    tokens in a sequence      N    slots = n * n; slot = row * n + col
+    H    heads (n_head)            k    slots read per token and head (top_k)
+    C    n_embd = H * d_h          d_v  width of an entry (d_latent)
+    d_h  width of a head           P    pairs (i-th best row, j-th best column) that can win
 
 Attention has queries, keys and values of its own; they did their work before this layer begins.
 From here on the three words mean the memory's. The memory has N = n * n slots, to be thought of as
@@ -37,7 +44,8 @@ a grid of n rows and n columns. A slot has
 
 A feed-forward layer multiplies every token with all of its weights. A memory layer *looks up*: for
 each token, a head takes the k slots whose keys have the largest dot product with its query, and
-sums their entries. It finds them among n * n slots by scoring n row halves and n column halves:
+sums their entries, weighted by a softmax of the k scores. It finds them among n * n slots by
+scoring n row halves and n column halves:
 
     head output a_h = query q_h
         first half  . n row halves --> n row scores --> k best --\
@@ -48,18 +56,12 @@ sums their entries. It finds them among n * n slots by scoring n row halves and 
                                          m_h = z_h W_h, the head's value
     output = [m_1 | m_2 | ... | m_H]
 
-Shape names, the same in every file:
-    B    batch                     n    rows, and columns, of the grid of slots (n_keys)
-    T    tokens in a sequence      N    slots = n * n; slot = row * n + col
-    H    heads (n_head)            k    slots read per token and head (top_k)
-    C    n_embd = H * d_h          d_v  width of an entry (d_latent)
-    d_h  width of a head           P    pairs (i-th best row, j-th best column) that can win
-
 An example to work through by hand, with n=3, k=2, d_h=4, d_v=2 and one head; `python hml.py` prints
 it step by step:
     query (1, 2 | 2, -1)
     row halves (0, 1) (1, 2) (1, -1)  row scores 2  5 -1     best rows 1, 0 with 5, 2
     col halves (2, 0) (0, 1) (1, -1)  col scores 4 -1  3     best cols 0, 2 with 4, 3
+    the key of slot 5, row 1 and col 2, is (1, 2 | 1, -1); its score is 5 + 3 = 8
     pairs of ranks    (0, 0): 5 + 4 = 9    (0, 1): 5 + 3 = 8    (1, 0): 2 + 4 = 6
                       (1, 1) is beaten by the other three: it cannot be among the best 2
     best slots        row 1, col 0 = 3     row 1, col 2 = 5
@@ -67,19 +69,19 @@ it step by step:
     bank              entry 3 is (4, 0)    entry 5 is (0, 4)    z = (2.924, 1.076)
     W = ((1, 0, 2, 1), (0, 1, 0, -1))                    m = z W = (2.924, 1.076, 5.848, 1.848)
 
-What it costs in GPT-2 124M (C=768, H=12) with n=128, k=16, d_v=64:
+What a memory block costs in GPT-2 124M (C=768, H=12) with n=128, k=16, d_v=64:
 
     parameters      LN 1,536 + QKV 1,771,776 + keys 98,304 + bank 1,048,576 + all W_h 49,152
                     = 2,969,344. A copied block has 7,087,872.
-    bank            A token reads 12 * 16 * 64 = 12,288 of its 1,048,576 numbers.
+    bank            A token reads at most 12 * 16 * 64 = 12,288 of the bank's 1,048,576 numbers.
     multiplications 1,929,216 per token, 7,077,888 in a copied block; attention's own products left
                     out. Summing k entries and then projecting takes 61,440 of them; projecting the
                     k entries and then summing would give the same and take 798,720.
 
-What an FFN has and this has not: it mixes features across the whole width C, and puts a
-nonlinearity on them. Here heads never mix, and the only nonlinear step is the choice of slots with
-its softmax. Left out on purpose: a query projection (the head's output *is* the query), 1/sqrt(d)
-on scores (keys start that small), an output projection or gate.
+What an FFN has and HML has not: it mixes features across the whole width C, and puts a
+nonlinearity on them. In HML heads never mix, and the only nonlinear step is the choice of slots
+with its softmax. Left out on purpose: a query projection (the head's output *is* the query),
+1/sqrt(d) on scores (keys start that small), an output projection or gate.
 
 What is not known, since the paper was not at hand in full: whether queries are normalised; how W_h
 starts; whether anything follows the sum of heads; which sizes were used at which width.
@@ -93,8 +95,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 # ---- 1. The k best of N = n * n slots, without scoring all N -------------------------------------
-# The query has two halves too, q = [q1 | q2], so a slot's score is q . key = q1 . row half + q2 .
-# col half: n row scores and n column scores hold the scores of all n * n slots as sums.
+# The query has two halves too, q = [q1 | q2], so q . key = q1 . row half + q2 . column half: every
+# slot's score is the sum of one row score and one column score.
 
 
 def has_numbers(tensor: Tensor) -> bool:
@@ -113,13 +115,15 @@ def has_numbers(tensor: Tensor) -> bool:
 def topk(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """The k largest of scores (..., n), best first: values and places, both (..., k).
 
-    The same as scores.topk(k), but among ties. For short lists on a CPU numpy's sort takes a third
-    to a half of its time.
+    The same as scores.topk(k), except for the order of ties. For short lists on a CPU, such as the
+    example's, numpy's sort takes a third to a half of torch's time.
     """
     short_on_cpu = scores.device.type == "cpu" and scores.size(-1) <= 256
     sortable = short_on_cpu and scores.dtype == torch.float32
     if torch.compiler.is_compiling() or not sortable or not has_numbers(scores):
-        return scores.topk(k, dim=-1)
+        return scores.topk(k, dim=-1)  # long lists, GPUs, traced code
+
+    # All other lists, the example's too.
     order = np.argsort(scores.detach().numpy(), axis=-1)  # (..., n), worst first
     places = torch.from_numpy(order[..., -k:]).flip(-1)  # (..., k), best first
     return scores.gather(-1, places), places
@@ -128,10 +132,10 @@ def topk(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
 def candidate_pairs(k: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """The pairs (i, j) of ranks whose sum can be among the k best, as two tensors (P,).
 
-    A rank is a place in a half's list of its k best, 0 for the best. Both lists are sorted, so a
-    pair with no larger rank in either place scores at least as much. (i, j) has (i+1)*(j+1) such
-    pairs, itself included; if that is over k, it is not needed. That leaves 20 of 64 pairs at k=8,
-    50 of 256 at k=16.
+    A rank is a place in a half's list of its k best, 0 for the best. Both lists are sorted, so
+    every pair (a, b) with a <= i and b <= j scores at least as much as (i, j). There are
+    (i+1)*(j+1) of them, itself included; if those are more than k, (i, j) is not needed. That
+    leaves 20 of 64 pairs at k=8, 50 of 256 at k=16.
     """
     pairs = [(i, j) for i in range(k) for j in range(k) if (i + 1) * (j + 1) <= k]
     return torch.tensor(pairs, device=device).unbind(1)
@@ -179,8 +183,8 @@ class ProductKeys(nn.Module):
 
     keys (2, H, n, d_h/2): for each head n row halves, then n column halves. The N keys of width d_h
     that they make are never built. Only keys that win get a gradient. They start as
-    U(+-(d_h/2)^-0.5) [Lample et al.]. query_norm, off by default, is a switch of ours; the paper
-    has none.
+    U(+-(d_h/2)^-0.5) [Lample et al.]. query_norm is a switch of ours, off by default; whether the
+    paper normalises queries is not known.
 
     Nothing makes a head use all its slots. If its outputs for different tokens are alike, they read
     the same few slots; the other keys get no gradient, so nothing moves them to where they would
@@ -200,8 +204,8 @@ class ProductKeys(nn.Module):
 
     def forward(self, query: Tensor) -> tuple[Tensor, Tensor]:
         """query (B, T, H, d_h) -> weights, fp32, each k summing to 1, and slots: (B, T, H, k)."""
-        # In fp32 under autocast too. With scores in bf16, 6.5 to 6.7% of the sets of k=8 slots would
-        # be others, on the queries of the README's first run (experiments/bench.py --checkpoint).
+        # In fp32 under autocast too. With scores in bf16, 6.5 to 6.7% of the sets of k=8 slots
+        # would differ, on the queries of the README's first run (bench.py --checkpoint).
         with torch.autocast(query.device.type, enabled=False):
             query = query.float()
             if self.query_norm:
@@ -248,7 +252,7 @@ class HIVE(nn.Module):
     bank (N, d_v) is shared by all heads; proj (H, d_v, d_h) holds one W_h per head. Head h reads as
     if it owned the value table bank @ W_h, (N, d_h) of rank d_v at most. That table is never built:
     summing the k entries first and projecting the sum is the same, since both are linear. For GPT-2
-    (H=12, n=128, d_v=64) this stores 1.10M values instead of 12.58M.
+    (H=12, n=128, d_v=64) this stores 1.10M numbers instead of 12.58M.
 
     The bank gets no weight decay in training (train.py): decay shrinks all entries at every step,
     but only entries that are read get a gradient to restore them.
@@ -275,18 +279,18 @@ class HeadwiseMemory(nn.Module):
 
         tensor     shape             starts as           gradient at step 0   from step 1
         hive.bank  (N, d_v)          zero                yes, entries read    yes, entries read
-        hive.proj  (H, d_v, d_h)     N(0, std d_v^-0.5)  zero                 yes
+        hive.proj  (H, d_v, d_h)     normal, d_v^-0.5    zero                 yes
         keys       (2, H, n, d_h/2)  U(+-(d_h/2)^-0.5)   zero                 yes, keys that win
         this block's LN, attention   copied              zero                 yes
 
     With the bank at zero the layer returns exact zeros and the block just passes x on: the model
     starts as the base (known from accounts of the paper, not from its text). A head's value is the
     sum of weight * entry @ W_h, and each factor's gradient contains the other two. So at step 0
-    only the bank has one: for W_h, and for the weights with the keys and the attention behind them,
-    the other factors include entries that are still zero.
+    only the bank has one: every other gradient has a factor `entry`, which is still zero.
 
-    Both at zero: neither would ever get a gradient. W_h alone at zero: once W_h has moved, an entry
-    read for the first time adds its random start to the output; a zero entry adds nothing.
+    Why no other start? Bank and W_h both at zero: neither would ever get a gradient. W_h alone:
+    once it has moved, an entry read for the first time adds its random start to the output; a zero
+    entry adds nothing.
     """
 
     def __init__(
@@ -374,7 +378,7 @@ def show_example() -> None:
     show("the head's value m", memory(heads))
 
 
-# ---- 5. Speed only: stop here --------------------------------------------------------------------
+# ---- 5. Speed only: you may stop here ------------------------------------------------------------
 # The layer is complete. embedding_bag has a backward of its own, which takes longer on a CPU: a
 # training step of this layer takes 1.2 to 1.4 times as long with it (experiments/bench.py).
 class PoolForCPU(torch.autograd.Function):
@@ -394,7 +398,7 @@ class PoolForCPU(torch.autograd.Function):
         reads = slots.flatten()  # (R * k,)
 
         # A weight's gradient is grad[r] . bank[slot]: only these R * k places of the product
-        # grad @ bank.T, (R, N), are computed. torch warns that such tensors are new in it.
+        # grad @ bank.T, (R, N), are computed. torch warns that such tensors are in beta.
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             places = torch.sparse_csr_tensor(

@@ -48,7 +48,7 @@ from model import GPT, PRETRAINED, GPTConfig, load_checkpoint, open_model, save_
 from upscale import METHODS, add_flags, given_options, set_trainable, summary, upscale
 
 # ---- Settings ------------------------------------------------------------------------------------
-# What no flag says, by the width of the base. Of gpt2 nothing was tried, and of small no memory_lr.
+# What no flag says, by the width of the base. Nothing of gpt2 was tried, nor small's memory_lr.
 # tokens None: one epoch.
 # fmt: off
 PRESETS = {
@@ -69,14 +69,14 @@ PRESETS = {
     },
 }
 # fmt: on
-TINY_SPEED = 18_000  # tokens per second that the tiny preset trains on one core of a server
+TINY_SPEED = 18_000  # tokens per second of the tiny preset, measured on one core of a server
 OF_THE_MACHINE = ("data_dir", "old_data_dir", "dtype", "compile", "threads", "grad_accum")
 
 
 def parse_arguments(words: list[str] | None = None) -> argparse.Namespace:
     """The flags. One that was not given is None: a preset, the base or a checkpoint decides.
 
-    words: instead of the command's own.
+    words: the arguments; None reads those of the command line.
     """
     parser = common.Parser("Train a GPT, or up-scale one and train it on.")
     whole = common.whole_number
@@ -119,7 +119,7 @@ def parse_arguments(words: list[str] | None = None) -> argparse.Namespace:
     add("--save_every", type=whole, help="steps between checkpoints (default: 10%% of all)")
     add("--seed", type=common.seed_number, help="of new weights and the data's order (default 0)")
 
-    # What may be another on resume: it belongs to the machine, not to the run.
+    # What belongs to the machine and not to the run. OF_THE_MACHINE lists what a resume may change.
     add = parser.add_argument_group("machine").add_argument
     add("--device", help="cpu, cuda or mps (default: the best there is)")
     dtypes = ("float32", "bfloat16")
@@ -130,6 +130,7 @@ def parse_arguments(words: list[str] | None = None) -> argparse.Namespace:
 
     add = parser.add_argument_group("files").add_argument
     add("--out", type=common.new_file(".pt"), default="ckpt.pt", help="(default ckpt.pt)")
+    add = parser.add_mutually_exclusive_group().add_argument
     add("--resume", action="store_true", help="go on with --out, with the settings it has")
     add("--overwrite", action="store_true", help="replace --out, at the new run's first checkpoint")
     return parser.parse_args(words)
@@ -151,11 +152,11 @@ def find_base(args: Namespace) -> tuple[str, GPT | None, GPTConfig | None, dict]
 
 def choose_texts(args: Namespace, base: str, info: dict) -> tuple[str, str | None]:
     """Names of the new and of the old text. info: what the base's file says of it."""
-    # A base in a file knows what it was last trained on; of published GPT-2 nobody does.
+    # A checkpoint says what it was last trained on; published weights do not.
     if base != "scratch":
         known = info.get("dataset")
-        new = args.dataset or ("pycode" if known == "pydocs" else known or "wikitext103")
-        return new, args.old_dataset or known
+        new = "pycode" if known == "pydocs" else known or "wikitext103"
+        return args.dataset or new, args.old_dataset or known
 
     # From scratch: the base itself is the run, or it is trained on the old text first.
     if args.upscale in (None, "none"):
@@ -209,7 +210,7 @@ def choose_settings(
             setattr(settings, name, getattr(args, name))
     settings.options = given_options(args)
 
-    # What hangs on them. A folder that a checkpoint names may have been on another machine.
+    # What depends on them. A folder that a checkpoint names may have been on another machine.
     if settings.train is None:
         settings.train = "all" if settings.upscale == "none" else METHODS[settings.upscale].train
     theirs = info.get("data_dir")
@@ -229,8 +230,9 @@ def refuse_contradictions(
     """Raises ValueError, one sentence, for settings that cannot be together."""
     # Flags of which nothing would come.
     of_scratch = ("n_layer", "n_head", "n_embd", "base_tokens", "base_lr")
-    if settings.base != "scratch" and any(getattr(args, name) for name in of_scratch):
-        raise ValueError(f"--{', --'.join(of_scratch)} shape a base from scratch, not another")
+    given = [f"--{name}" for name in of_scratch if getattr(args, name) is not None]
+    if settings.base != "scratch" and given:
+        raise ValueError(f"{', '.join(given)}: only for --base scratch, not for {settings.base}")
     if settings.upscale == "none" and settings.options:
         raise ValueError(f"--{', --'.join(settings.options)}: say how with --upscale")
 
@@ -247,7 +249,7 @@ def refuse_contradictions(
     if settings.batch_size % parts:
         raise ValueError(f"a batch of {settings.batch_size} cannot be cut in {parts} equal parts")
 
-    # A trial without memory for weights: it refuses all that up-scaling and the blocks refuse.
+    # A trial on the meta device, without numbers: it refuses all that up-scaling and blocks refuse.
     with torch.device("meta"):
         model = GPT(config)
         if settings.upscale != "none":
@@ -293,7 +295,7 @@ def make_optimizer(
 
 
 def schedule(step: int, warmup: int, steps: int) -> float:
-    """Share of the peak rate at a step, from 0: a linear rise, then half a cosine to a tenth."""
+    """Share of the peak rate: a linear rise, then half a cosine to a tenth. Steps count from 0."""
     if step < warmup:
         return (step + 1) / (warmup + 1)
     done = (step - warmup) / max(1, steps - warmup)
@@ -330,7 +332,7 @@ def train_step(
             loss.backward()
         mean_loss += loss.detach()
 
-    # Banks are clipped apart: neither kind's gradients shall scale the other's down.
+    # Banks are clipped apart, so that a large norm of one kind does not shrink the other's.
     banks = []
     others = []
     for group in optimizer.param_groups:
@@ -350,8 +352,9 @@ def train_step(
 def new_progress(texts: dict[str, str]) -> dict:
     """How far a run is: with model and settings all that a resume needs. texts: identities.
 
-    Training draws no random numbers, and batch i depends on i and the seed alone, so on a CPU a
-    resumed run is bit for bit the one that was not interrupted.
+    Training draws no random numbers, and batch i depends on i and the seed alone. So on a CPU, with
+    dtype, threads and parts of a batch as before, weights and losses of a resumed run are bit for
+    bit those of one that was not interrupted.
     """
     return {
         "texts": texts,
@@ -394,7 +397,7 @@ def train(
         wrapped = torch.compile(wrapped)
 
     # How many steps, and what happens when: by default everything ten times in a run. A validation
-    # on the way reads some windows only, else it would take longer than the training between two.
+    # on the way reads some windows only, else it would take longer than the training it looks at.
     steps = steps_of(settings)
     warmup = max(1, steps // 20) if settings.warmup is None else settings.warmup
     eval_every = settings.eval_every or max(1, steps // 10)
@@ -402,12 +405,12 @@ def train(
     windows = max(1, min(64, 8192 // settings.block_size))
     sample = data["valid"].tokens[: windows * settings.block_size + 1]
 
-    # The order is look, save, learn, as in nanoGPT: so a run has a point at step 0, and a
-    # checkpoint before anything has been learned. Rank 0 looks and saves for all.
+    # The order is validate, save, train, as in nanoGPT: so a run has a point at step 0, and a
+    # checkpoint before anything has been learned. Rank 0 validates and saves for all.
     dtype = getattr(torch, settings.dtype)
     writes = out is not None and common.is_main()
-    hidden = None if writes else True  # None: shown on a terminal
-    bar = tqdm(total=steps, initial=progress["step"], unit="step", disable=hidden, leave=False)
+    disable = None if writes else True  # tqdm shows None on a terminal only
+    bar = tqdm(total=steps, initial=progress["step"], unit="step", disable=disable, leave=False)
     with common.stop_signal() as stop, bar:
         while True:
             step = progress["step"]
@@ -431,6 +434,8 @@ def train(
                 save(out, model, settings, progress)
             if step == steps:
                 break
+            if stopping and out is None:
+                raise KeyboardInterrupt
             if stopping:
                 done = f"{out} is saved at step {step} of {steps}"
                 raise KeyboardInterrupt(f"interrupted; {done}; go on with: {go_on}")
@@ -447,7 +452,7 @@ def train(
             x = x.chunk(common.process_count())[common.process_rank()].to(device)
             y = y.chunk(common.process_count())[common.process_rank()].to(device)
 
-            # Forward, backward, update. The loss has come from the device, so the time is real.
+            # Forward, backward, update. To read the loss waits for the device, so the time is real.
             loss = train_step(wrapped, optimizer, (x, y), dtype, settings.grad_accum)
             progress["losses"].append(common.mean_over_processes(loss, device))
             progress["seconds"] += time.perf_counter() - started
@@ -487,10 +492,10 @@ def open_run(path: str) -> tuple[GPT, Namespace, dict]:
 
     # A checkpoint of another version, or a damaged value, shall not end in a traceback later on:
     # the preset's values say of which type each setting is.
-    wanted = new_progress({})
-    like = [isinstance(progress.get(name), type(wanted[name])) for name in ("step", "losses")]
-    like += [type(saved.get(name)) is type(value) for name, value in PRESETS["tiny"].items()]
-    if not all(like) or progress.keys() != wanted.keys():
+    template = new_progress({})
+    right = [type(progress.get(name)) is type(template[name]) for name in ("step", "losses")]
+    right += [type(saved.get(name)) is type(value) for name, value in PRESETS["tiny"].items()]
+    if not all(right) or progress.keys() != template.keys():
         way = "name it as --base to train it"
         raise ValueError(f"{path} was not written by this version of train.py; {way}")
     return model, Namespace(**saved), progress
@@ -502,7 +507,7 @@ def refuse_unfinished_base(args: Namespace) -> None:
         _, settings, progress = open_run(path)
         step, steps = progress["step"], steps_of(settings)
         if step < steps:
-            where = f"its base, {path}, is at step {step} of {steps}"
+            where = f"a base, {path}, is at step {step} of {steps}"
             raise ValueError(f"{args.out} is not begun: {where}; repeat the command, no --resume")
 
 
@@ -556,7 +561,7 @@ def base_run(settings: Namespace) -> tuple[str, Namespace]:
     own.tokens = settings.base_tokens
     own.lr = settings.base_lr
 
-    # These depend on how long it is.
+    # These are chosen anew, since it is of another length.
     own.warmup = None
     own.eval_every = None
     own.save_every = None
@@ -569,7 +574,10 @@ def base_run(settings: Namespace) -> tuple[str, Namespace]:
 
 
 def get_base(settings: Namespace, device: torch.device) -> GPT:
-    """A base that is no file: GPT-2 by name, or one from scratch, trained if it is up-scaled."""
+    """A base not given as a file: GPT-2 by name, or one from scratch.
+
+    That is trained here if it is to be up-scaled; else to train it is the run's own work.
+    """
     # Published weights are downloaded, once.
     if settings.base != "scratch":
         model, _ = common.main_process_first(lambda: open_model(settings.base, settings.data_dir))
@@ -579,7 +587,7 @@ def get_base(settings: Namespace, device: torch.device) -> GPT:
     torch.manual_seed(settings.seed)
     model = GPT(scratch_config(settings))
     if settings.upscale == "none":
-        return model  # to train it is this run's own work
+        return model
 
     # Its run may have been made, or interrupted, before.
     path, own = base_run(settings)
@@ -639,7 +647,7 @@ def print_settings(settings: Namespace, device: torch.device) -> None:
     if settings.preset == "tiny" and device.type == "cpu":
         base_tokens = settings.base_tokens if settings.upscale != "none" else 0
         minutes = (settings.tokens + base_tokens) / TINY_SPEED / 60
-        print(f"time    about {minutes + 1:.0f} minutes on one core, a new base included")
+        print(f"time    about {minutes + 1:.0f} minutes on one core, if the base is to be trained")
 
 
 def tell(rows: list[dict], names: dict[str, str]) -> None:
@@ -678,8 +686,9 @@ def main() -> None:
     settings.tokens = settings.tokens or len(data["train"].tokens)  # one epoch
     texts = {kind: split.identity for kind, split in measured.items()}
     texts["train"] = data["train"].identity
-    names = {"new": settings.dataset, "old": settings.old_dataset}
-    names = {kind: names[kind] for kind in measured}
+    names = {"new": settings.dataset}
+    if "old" in measured:
+        names["old"] = settings.old_dataset
     print_settings(settings, device)
 
     # The rows of the closing table. All samples in it begin alike, with words of the new text.
@@ -705,7 +714,7 @@ def main() -> None:
         model = model.to(device)
         add_row("base" if method != "none" else "start", model)
 
-        # 2. Deeper, and at the start exactly the same (but for solar): the table shows it.
+        # 2. Deeper, and at the start exactly the same (solar is not): the table shows it.
         if method != "none":
             torch.manual_seed(settings.seed)
             deeper = upscale(model, method, **settings.options)
