@@ -9,7 +9,7 @@ import torch
 import upscale as module
 from conftest import call, same_weights
 from model import GPT, GPTConfig, MemoryBlock, load_checkpoint, save_checkpoint
-from upscale import METHODS, identity_gap, place, set_trainable, summary, upscale
+from upscale import identity_gap, place, set_trainable, summary, upscale
 
 SMALL = dict(n_keys=6, top_k=3, d_latent=4)
 
