@@ -115,11 +115,15 @@ def open_base(base: str) -> tuple[PreTrainedModel, object]:
     # A GGUF file's weights are plain numbers now, and may be written as such.
     if where:
         model.hf_quantizer.remove_quantization_config(model)
+    # Without files some families make an empty one.
     try:
-        return model, AutoTokenizer.from_pretrained(name, **where)
+        tokenizer = AutoTokenizer.from_pretrained(name, **where)
     except refusals:
+        tokenizer = None
+    if tokenizer is None or len(tokenizer) < 2:
         print(f"{base} has no tokenizer; training will want one")
         return model, None
+    return model, tokenizer
 
 
 def licence_of(base: str) -> str:
@@ -194,15 +198,17 @@ def refuse_misfit(model: PreTrainedModel, method: str) -> None:
         raise ValueError(f"its layers keep caches of several kinds, {' and '.join(kinds)}")
 
     layer = decoder_layers(model)[0]
-    _, attention, _ = parts(layer)
+    parts(layer)
     if method == "llama-pro":
         output_projections(layer)
     if method != "midus":
         return
 
     # What the heads find is added to x, side by side.
-    heads = f"{config.num_attention_heads} heads of {attention.head_dim}"
-    if config.num_attention_heads * attention.head_dim != config.hidden_size:
+    n_head = config.num_attention_heads
+    width = getattr(config, "head_dim", None) or config.hidden_size // n_head
+    if n_head * width != config.hidden_size:
+        heads = f"{n_head} heads of {width}"
         raise ValueError(f"{heads} are not as wide as the model, {config.hidden_size}")
     if config.model_type not in FAMILIES:
         known = ", ".join(FAMILIES)

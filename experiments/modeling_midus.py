@@ -7,14 +7,20 @@ This file and hml.py travel with a model's weights, so that
     AutoModelForCausalLM.from_pretrained(FOLDER, trust_remote_code=True)
 
 needs nothing else. config.json says what stands where: `new_layers` lists the memory layers by
-their index in the stack, from 0, and `midus` has their sizes. (They are nested there because
-transformers would take a `top_k` of its own for one of generate's settings.)
+their index in the stack, from 0, and `midus` has their sizes. (They are nested there because a
+`top_k` at the top would be read as a setting of generate.)
 
-To add a family: import its class, add two lines to the last section, and compare the logits with
-the base's (experiments/hub.py prints the difference). Its layers need a norm before attention, and
-an attention with an output projection. If their parts have other names than Llama's, `parts` and
-`decoder_layers` have to know them. Not here: hidden_states and attentions of the memory layers in
-`output_hidden_states`, which transformers collects from the family's own layers alone.
+To add a family: import its class, add a class of two lines and its entry to the last section, and a
+small config of it to FAMILIES in tests/test_hub.py. That test fills the bank and compares, since
+with a bank of zeros the logits equal the base's whatever else is wrong. What a family needs: its
+layers take hidden_states first and return a tensor, and have a norm before attention; attention
+returns a tuple, takes its keyword arguments from the layer, has its place in the cache in
+`layer_idx`, and ends in one output projection; heads times their width is hidden_size (true of
+Qwen3 1.7B, not of 0.6B). If its parts have other names, add them to the tuples in `parts` and
+`decoder_layers`, and for llama-pro in hub.py's `output_projections`.
+
+Not here: the memory layers in `output_hidden_states` and `output_attentions`, and in gradient
+checkpointing; transformers finds its own layers alone.
 
 Shape names: B batch, T tokens, C hidden_size, H heads, d_h = C / H.
 """
@@ -29,7 +35,7 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
-# Beside the weights transformers makes a package of the two files; in the repository they are none.
+# from_pretrained imports the two files as a package; in the repository they are plain modules.
 try:
     from .hml import HeadwiseMemory
 except ImportError:
@@ -66,10 +72,10 @@ def parts(layer: nn.Module) -> tuple[nn.Module, nn.Module, str]:
 class MemoryLayer(nn.Module):
     """x + HML(query), where query comes from a decoder layer's norm and attention.
 
-    layer: the decoder layer whose norm and attention this one takes over; its feed-forward part is
-    left out. config.midus: the sizes of HeadwiseMemory, and query, "head" or "token":
+    layer: the decoder layer whose norm and attention this one takes over (not copies); its
+    feed-forward part is left out. config.midus: the sizes of HeadwiseMemory, and query, "head" or "token":
 
-        head    a head asks with its own output, before any output projection (as published)
+        head    a head asks with its own output; the output projection is removed (as published)
         token   a head asks with its slice of x + attention, output projection included
 
     Nothing passes around the memory but x, so a bank of zeros makes this layer the identity.
@@ -81,14 +87,14 @@ class MemoryLayer(nn.Module):
         self.query = sizes.pop("query")
         self.norm, self.attention, output = parts(layer)
 
-        # Without its output projection attention returns the heads' outputs side by side.
+        # With Identity for its output projection attention returns the heads' outputs side by side.
         if self.query == "head":
             setattr(self.attention, output, nn.Identity())
         n_head = config.num_attention_heads
         self.memory = HeadwiseMemory(n_head, config.hidden_size // n_head, **sizes)
 
     def forward(self, hidden_states: Tensor, *args, **kwargs) -> Tensor:
-        """hidden_states (B, T, C) -> (B, T, C). What else comes is attention's: mask, cache, ..."""
+        """hidden_states (B, T, C) -> (B, T, C). All else goes to attention: mask, cache, ..."""
         attended = self.attention(self.norm(hidden_states), *args, **kwargs)[0]  # (B, T, C)
         if self.query == "token":
             attended = hidden_states + attended
@@ -97,7 +103,10 @@ class MemoryLayer(nn.Module):
 
 
 class WithMemory:
-    """Put before a model's class: its layers listed in config.new_layers become memory layers."""
+    """First among a class's bases: its layers in config.new_layers become memory layers.
+
+    The family builds the whole deep stack, so that every layer knows its place in the cache.
+    """
 
     def __init__(self, config):
         super().__init__(config)
@@ -105,7 +114,7 @@ class WithMemory:
         for i in config.new_layers:
             layers[i] = MemoryLayer(layers[i], config)
 
-        # A layer and its residual stay on one device where a model is spread over several.
+        # device_map must not split a memory layer over several devices.
         self._no_split_modules.add("MemoryLayer")
 
 
