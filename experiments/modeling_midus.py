@@ -73,7 +73,8 @@ class MemoryLayer(nn.Module):
     """x + HML(query), where query comes from a decoder layer's norm and attention.
 
     layer: the decoder layer whose norm and attention this one takes over (not copies); its
-    feed-forward part is left out. config.midus: the sizes of HeadwiseMemory, and query, "head" or "token":
+    feed-forward part is left out. config.midus: the sizes of HeadwiseMemory, and query, "head" or
+    "token":
 
         head    a head asks with its own output; the output projection is removed (as published)
         token   a head asks with its slice of x + attention, output projection included
