@@ -26,6 +26,7 @@ step. Shape names: see hml.py.
 
 import argparse
 import ast
+import contextlib
 import hashlib
 import inspect
 import json
@@ -46,6 +47,7 @@ ROOT = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
 sys.path.insert(0, ROOT)
 import common
 import methods  # noqa: F401 (its rows)
+import plot
 import train
 from data import load_dataset
 from eval import count_usage, perplexity, sum_nll, usage
@@ -299,7 +301,8 @@ def slots_in_use(model: GPT, new: dict) -> list[float]:
 
 def make(run: dict, words: list[str]) -> dict:
     """Trains one model. Returns the run with its figures, as plain types."""
-    base, settings, device = start_of(words)
+    with contextlib.redirect_stdout(None):  # what train.py says of the base was said before
+        base, settings, device = start_of(words)
     new, old = read_texts(settings)
     torch.manual_seed(run["seed"])
     model, which = build(base, run["method"], run["options"])
@@ -524,16 +527,46 @@ def print_table(rows: list[Row], finals: dict[str, list[dict]], at_start: dict) 
         print("| " + " | ".join(cells) + " |")
 
 
-def print_trials(trials: list[dict]) -> None:
-    """What each method learns, and what that costs, over the rates that were tried."""
-    print("\n| method | lr | banks | new text | old text |\n| --- | --- | --- | --- | --- |")
-    for run in sorted(trials, key=lambda run: (run["method"], str(run["options"]), run["lr"])):
-        if run["end"] is not None:
-            bank = "" if run["memory_lr"] is None else f"{run['memory_lr']:g}"
-            options = "".join(f", {name} {value}" for name, value in run["options"].items())
-            figures = [f"{run['end'].get(kind, math.nan):.3f}" for kind in ("new", "old")]
-            cells = [f"{run['method']}{options}", f"{run['lr']:g}", bank, *figures]
-            print("| " + " | ".join(cells) + " |")
+def trials_of(run: dict, results: Results) -> list[dict]:
+    """The finished trials of rates that belong to a run, from the lowest lr to the highest."""
+    same = ("method", "options", "train", "tokens", "base", "texts", "code")
+    found = []
+    for done in results.runs:
+        alike = all(done[name] == run[name] for name in same if name in results.names)
+        if alike and done["split"] == "valid" and done["seed"] == 0 and done["end"] is not None:
+            found.append(done)
+    return sorted(found, key=lambda done: (done["lr"], done["memory_lr"] or 0))
+
+
+def print_trials(words: str, trials: list[dict]) -> None:
+    """What a method learns, and what that costs, over the rates that were tried."""
+    for run in trials:
+        bank = "" if run["memory_lr"] is None else f"{run['memory_lr']:g}"
+        figures = [f"{run['end'].get(kind, math.nan):.3f}" for kind in ("new", "old")]
+        print("| " + " | ".join([words, f"{run['lr']:g}", bank, *figures]) + " |")
+
+
+# ---- Picture -------------------------------------------------------------------------------------
+def draw(rows: list[Row], trials: dict[str, list[dict]], finals: dict, path: str) -> None:
+    """New against old text over the rates of each method; banks at the rate that was chosen."""
+    kinds = {"memory": "memory", "copies": "copies"}
+    figure, (axis,) = plot.new_figure(8.5, 5)
+    ends = []
+    for number, row in enumerate(rows):
+        bank = finals[row.method][0]["memory_lr"]
+        runs = [run for run in trials[row.method] if run["memory_lr"] == bank]
+        if not runs:
+            continue
+        colour = plot.COLOURS[kinds.get(row.group, "control")]
+        old = [run["end"]["old"] for run in runs]
+        new = [run["end"]["new"] for run in runs]
+        style = ("-o", "--o", ":o", "-.o")[number % 4]
+        axis.plot(old, new, style, color=colour, markersize=4)
+        ends.append((new[-1], row.words, colour))
+    axis.set_xlabel("perplexity on the old text: what is forgotten", color=plot.INK)
+    axis.set_ylabel("perplexity on the new text: what is learned", color=plot.INK)
+    plot.name_ends(axis, ends)
+    plot.write_picture(figure, path)
 
 
 # ---- The command ---------------------------------------------------------------------------------
@@ -549,6 +582,9 @@ def parse_arguments() -> argparse.Namespace:
     path = os.path.join(ROOT, "experiments", "results", "study.jsonl")
     add("--results", type=common.new_file(".jsonl"), default=path, help="finished runs")
     add("--stale", action="store_true", help="read runs that were made by other code, too")
+    add(
+        "--plot", type=common.new_file(*plot.ENDINGS), help="draw new against old text to this file"
+    )
     for name in ("base", "dataset", "data_dir", "old_dataset", "old_data_dir", "device", "dtype"):
         add(f"--{name}", help="as in train.py")
     args = parser.parse_args()
@@ -562,7 +598,10 @@ def main() -> None:
     args = parse_arguments()
     rows = [row for table in args.tables for row in TABLES[table]]
     if args.methods:
-        rows = [Row("", text, text) for text in args.methods]
+        known = {row.method: row for table in TABLES.values() for row in table}
+        rows = [known.get(text, Row("", text, text)) for text in args.methods]
+    if args.plot:
+        plot.check_picture(args.plot)
     methods_of = {row.method: read_method(row.method) for row in rows}
 
     # The base, and what every method makes of it: what cannot be is refused here.
@@ -621,17 +660,14 @@ def main() -> None:
     done = {method: [results.find(run) for run in runs] for method, runs in finals.items()}
     print_table(rows, done, measure(base, new, old, args.split))
 
-    # The trials of these methods, which say at which cost on the old text the new one is learned.
-    names = ("method", "options", "train", "tokens", "base", "texts")
-    wanted = [[run[name] for name in names] for run in first.values()]
-    trials = [
-        run
-        for run in results.runs
-        if run["split"] == "valid" and [run[name] for name in names] in wanted
-    ]
-    if trials:
-        print(f"\ntrials of rates: seed 0, the first {TRIAL_TOKENS:,} tokens of validation splits")
-        print_trials(trials)
+    # The trials of rates say at which cost on the old text the new one is learned.
+    trials = {method: trials_of(run, results) for method, run in first.items()}
+    print(f"\ntrials of rates: seed 0, the first {TRIAL_TOKENS:,} tokens of validation splits\n")
+    print("| new blocks | lr | banks | new text | old text |\n| --- | --- | --- | --- | --- |")
+    for row in rows:
+        print_trials(row.words, trials[row.method])
+    if args.plot:
+        draw(rows, trials, done, args.plot)
 
 
 if __name__ == "__main__":
