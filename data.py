@@ -148,7 +148,8 @@ def split_prose_from_code(path: str) -> tuple[str, str]:
         if text:
             docstrings.append(text)
             cut.update(range(node.body[0].lineno, node.body[0].end_lineno + 1))
-    lines = source.decode("utf-8", errors="replace").splitlines()
+    # splitlines() would end lines at form feeds too, which ast does not count.
+    lines = re.split(r"\r\n|\r|\n", source.decode("utf-8", errors="replace"))
     code = [line for number, line in enumerate(lines, start=1) if number not in cut]
     return "\n\n".join(docstrings), "\n".join(code).strip()
 
@@ -237,6 +238,10 @@ def find_source(name: str, split: str, data_dir: str) -> tuple[str, str | None]:
 
 def is_at_hand(name: str, data_dir: str) -> bool:
     """Whether a dataset can be read without a download."""
+    if name not in DATASETS:
+        raise ValueError(f"dataset must be one of {', '.join(DATASETS)}; not {name!r}")
+    if name == "text":
+        return os.path.exists(os.path.join(data_dir, "valid.txt"))
     if name in AT_HOME:
         return True
     archive = WIKITEXT[name]

@@ -209,7 +209,8 @@ def evaluate(model: GPT, tokens: np.ndarray, text: str, stride: int | None, desc
         "bytes": size,
         "nll": nll,
         "token_perplexity": perplexity(nll, count),
-        "word_perplexity": perplexity(nll, words),
+        # A text without spaces is one word, for which no float is large enough.
+        "word_perplexity": perplexity(nll, words) if nll < 700 * words else None,
         "bits_per_byte": nll / math.log(2) / size,
         "tokens_per_second": count / seconds,
         "slots": model.config.n_keys**2,  # in each memory block, if there are any
@@ -367,14 +368,20 @@ def texts_to_read(args: argparse.Namespace, info: dict) -> dict[str, tuple[str, 
         theirs = info.get(name) or ""
         return args.data_dir or (theirs if os.path.isdir(theirs) else os.path.abspath("data"))
 
-    new = args.dataset or info.get("dataset", "wikitext103")
-    texts = {"new": (new, folder("data_dir"))}
-    old = info.get("old_dataset")
-    if args.dataset is None and old is not None and old != new:
-        if is_at_hand(old, folder("old_data_dir")):
-            texts["old"] = (old, folder("old_data_dir"))
+    # One text, if it is named.
+    new = (info.get("dataset", "wikitext103"), folder("data_dir"))
+    old = (info.get("old_dataset"), folder("old_data_dir"))
+    if args.dataset is not None:
+        theirs = {old[0]: old[1], new[0]: new[1]}
+        return {"new": (args.dataset, theirs.get(args.dataset, folder("data_dir")))}
+
+    # Else both. The old one may be another text of the same name, in another folder.
+    texts = {"new": new}
+    if old[0] is not None and old != new:
+        if is_at_hand(*old):
+            texts["old"] = old
         else:
-            print(f"{old}, the old text, is left out: it would have to be downloaded")
+            print(f"{old[0]}, the old text, is left out: it is not there, or not downloaded")
     return texts
 
 

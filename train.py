@@ -245,16 +245,19 @@ def refuse_contradictions(
     if settings.block_size > config.block_size:
         positions = f"the base's {config.block_size} positions"
         raise ValueError(f"--block_size {settings.block_size} is more than {positions}")
-    parts = settings.grad_accum * common.process_count()
-    if settings.batch_size % parts:
-        raise ValueError(f"a batch of {settings.batch_size} cannot be cut in {parts} equal parts")
-
     # A trial on the meta device, without numbers: it refuses all that up-scaling and blocks refuse.
     with torch.device("meta"):
         model = GPT(config)
         if settings.upscale != "none":
             model = upscale(model, settings.upscale, **settings.options)
         set_trainable(model, settings.train)
+
+
+def refuse_uneven_parts(settings: Namespace) -> None:
+    """Raises ValueError unless all processes, and all parts of a batch, get equally much."""
+    parts = settings.grad_accum * common.process_count()
+    if settings.batch_size % parts:
+        raise ValueError(f"a batch of {settings.batch_size} cannot be cut in {parts} equal parts")
 
 
 def steps_of(settings: Namespace) -> int:
@@ -504,7 +507,10 @@ def open_run(path: str) -> tuple[GPT, Namespace, dict]:
 def refuse_unfinished_base(args: Namespace) -> None:
     """Raises ValueError if the run was stopped while its base was being trained."""
     for path in glob.glob(os.path.join(args.data_dir or "data", "base-*.pt")):
-        _, settings, progress = open_run(path)
+        try:
+            _, settings, progress = open_run(path)
+        except ValueError:  # not a base of this version
+            continue
         step, steps = progress["step"], steps_of(settings)
         if step < steps:
             where = f"a base, {path}, is at step {step} of {steps}"
@@ -520,6 +526,10 @@ def resume(args: Namespace) -> tuple[GPT, Namespace, dict]:
         refuse_unfinished_base(args)
     model, settings, progress = open_run(args.out)
 
+    # A folder that has moved, or is on another machine, has moved for both texts.
+    if args.data_dir and settings.old_data_dir == settings.data_dir:
+        settings.old_data_dir = args.data_dir
+
     # A flag may repeat what the checkpoint says, and may change what belongs to the machine.
     known = dict.fromkeys(given_options(args)) | vars(model.config)
     known |= vars(settings) | settings.options
@@ -534,12 +544,6 @@ def resume(args: Namespace) -> tuple[GPT, Namespace, dict]:
     # What was frozen is frozen again; a file does not tell.
     set_trainable(model, settings.train)
     return model, settings, progress
-
-
-def refuse_other_texts(progress: dict, texts: dict[str, str], path: str) -> None:
-    """Raises ValueError if a run would go on with other texts than it was begun with."""
-    if progress["texts"] != texts:
-        raise ValueError(f"the data is not the text {path} was begun with; see --data_dir")
 
 
 # ---- Models --------------------------------------------------------------------------------------
@@ -593,15 +597,17 @@ def get_base(settings: Namespace, device: torch.device) -> GPT:
     path, own = base_run(settings)
     source = (own.dataset, own.tokenizer, own.data_dir, ("train", "valid"))
     data = common.main_process_first(lambda: load_dataset(*source))
+    get_batch(data["train"].tokens, 0, own.batch_size, own.block_size, own.seed)  # long enough?
     texts = {"new": data["valid"].identity, "train": data["train"].identity}
     progress = new_progress(texts)
     if os.path.exists(path):
         model, theirs, progress = open_run(path)
-        refuse_other_texts(progress, texts, path)
+        ways = "delete it, or name another --data_dir"
+        if progress["texts"] != texts:
+            raise ValueError(f"{path} was made of another text; {ways}")
         for name in ("n_head", "batch_size", "lr", "weight_decay", "dtype"):
             made_with = getattr(theirs, name)
             if made_with != getattr(own, name):
-                ways = "delete it, or name another --data_dir"
                 raise ValueError(f"{path} was made with {name} {made_with}; {ways}")
 
     model = model.to(device)
@@ -619,26 +625,32 @@ def load_texts(settings: Namespace) -> tuple[dict[str, Split], dict[str, Split]]
     source = (settings.dataset, settings.tokenizer, settings.data_dir, ("train", "valid"))
     data = common.main_process_first(lambda: load_dataset(*source))
     measured = {"new": data["valid"]}
-
     old = settings.old_dataset
-    if old is not None and not is_at_hand(old, settings.old_data_dir):
-        print(f"{old}, the old text, is left out: it would have to be downloaded")
-    elif old is not None and old != settings.dataset:
-        source = (old, settings.tokenizer, settings.old_data_dir, ("valid",))
-        measured["old"] = common.main_process_first(lambda: load_dataset(*source))["valid"]
+    if old is None:
+        return data, measured
+
+    # The old text is downloaded only for a base that trains on it. Texts of one name may differ.
+    is_read = settings.base == "scratch" and settings.upscale != "none"
+    is_there = is_read or is_at_hand(old, settings.old_data_dir)
+    source = (old, settings.tokenizer, settings.old_data_dir, ("valid",))
+    known = common.main_process_first(lambda: load_dataset(*source) if is_there else None)
+    if known is None:
+        print(f"{old}, the old text, is left out: it is not there, or would have to be downloaded")
+    elif known["valid"].identity != data["valid"].identity:
+        measured["old"] = known["valid"]
     return data, measured
 
 
-def print_settings(settings: Namespace, device: torch.device) -> None:
-    """What was chosen, in a few lines, and about how long it will take."""
+def print_settings(settings: Namespace, names: dict[str, str], device: torch.device) -> None:
+    """What was chosen, in a few lines, and about how long it will take. names: of the texts."""
     # The two texts, and what each is for.
     steps = steps_of(settings)
     step = settings.batch_size * settings.block_size
     print(f"new     {settings.dataset} in tokens of {settings.tokenizer}: to train on")
-    if settings.old_dataset == settings.dataset:
-        print("old     the same: nothing is new to this model")
-    elif settings.old_dataset is not None:
+    if "old" in names:
         print(f"old     {settings.old_dataset}: what the base knows; only measured")
+    elif settings.old_dataset == settings.dataset:
+        print("old     the same: nothing is new to this model")
 
     # The run, and the machine.
     rates = f"lr {settings.lr:g}, banks {settings.memory_lr:g}, seed {settings.seed}"
@@ -677,11 +689,14 @@ def main() -> None:
         base, model, config, info = find_base(args)
         settings = choose_settings(args, base, config, info, device)
         refuse_contradictions(settings, config, info, args)
+    refuse_uneven_parts(settings)
     if device.type == "cpu":
         torch.set_num_threads(settings.threads)
 
     # The texts. A first batch refuses a split that is too short.
     data, measured = load_texts(settings)
+    if args.resume and "old" not in progress["texts"]:  # it was left out, and stays so
+        measured = {"new": data["valid"]}
     get_batch(data["train"].tokens, 0, settings.batch_size, settings.block_size, settings.seed)
     settings.tokens = settings.tokens or len(data["train"].tokens)  # one epoch
     texts = {kind: split.identity for kind, split in measured.items()}
@@ -689,7 +704,7 @@ def main() -> None:
     names = {"new": settings.dataset}
     if "old" in measured:
         names["old"] = settings.old_dataset
-    print_settings(settings, device)
+    print_settings(settings, names, device)
 
     # The rows of the closing table. All samples in it begin alike, with words of the new text.
     prompt = load_tokenizer(settings.tokenizer).decode(data["valid"].tokens[:32].tolist())
@@ -702,7 +717,8 @@ def main() -> None:
     method = settings.upscale
     if args.resume:
         # The base and the start are in the table already.
-        refuse_other_texts(progress, texts, out)
+        if progress["texts"] != texts:
+            raise ValueError(f"the data is not the text {out} was begun with; see --data_dir")
         model = model.to(device)
         if progress["step"] == steps_of(settings):
             print(f"{out} is finished: all its {progress['step']:,} steps are done")

@@ -162,6 +162,8 @@ def read_method(text: str) -> tuple[str, dict]:
             options[option] = value
         if option == "positions":
             options[option] = common.whole_numbers(value)
+        if option == "train" and value not in ("new", "all"):
+            raise ValueError(f"--methods: train is new or all; not {value}")
     return name, options
 
 
@@ -356,12 +358,15 @@ class Results:
                         sentence = "is not a results file of this program; name another"
                         raise ValueError(f"{path} {sentence} with --results") from None
 
+            # A cut line goes, so that the next run begins a line of its own.
+            if lines[-1]:
+                with common.written_whole(path) as temporary, open(temporary, "w") as file:
+                    file.writelines(json.dumps(run) + "\n" for run in self.runs)
+
     def find(self, run: dict) -> dict | None:
-        """The finished run of this name."""
-        for done in self.runs:
-            if all(done[name] == run[name] for name in self.names):
-                return done
-        return None
+        """The finished run of this name; of several, one that today's code has made."""
+        same = [d for d in self.runs if all(d[name] == run[name] for name in self.names)]
+        return min(same, key=lambda d: d["code"] != run["code"], default=None)
 
     def differs_in_code_alone(self, run: dict) -> bool:
         rest = [name for name in NAMING if name != "code"]
@@ -470,6 +475,9 @@ def choose_rates(
         if given[method] == 0
     }
     lrs = given | search(trials, results, make_them)
+    for method in trials:
+        if lrs[method] in (LRS[0], LRS[-1]):
+            print(f"{method}: the best lr lies at the edge of those tried")
 
     # Then the bank's, with that lr.
     trials = {
@@ -521,18 +529,18 @@ def print_table(rows: list[Row], finals: dict[str, list[dict]], at_start: dict) 
         for kind in ("new", "old"):
             known = [end[kind] for end in ended if kind in end]
             cells.append(mean_and_spread(known) if known else "")
-        share = f"{gain(row.method) / gain('llama-pro'):.0%}" if "llama-pro" in finals else ""
-        cells.append(share)
+        whole = gain("llama-pro") if "llama-pro" in finals else math.nan
+        cells.append(f"{gain(row.method) / whole:.0%}" if math.isfinite(whole) else "")
         cells.append(" / ".join(f"{used:.0%}" for used in one.get("used", [])))
         print("| " + " | ".join(cells) + " |")
 
 
 def trials_of(run: dict, results: Results) -> list[dict]:
     """The finished trials of rates that belong to a run, from the lowest lr to the highest."""
-    same = ("method", "options", "train", "tokens", "base", "texts", "code")
+    same = [name for name in results.names if name not in ("lr", "memory_lr", "split", "seed")]
     found = []
     for done in results.runs:
-        alike = all(done[name] == run[name] for name in same if name in results.names)
+        alike = all(done[name] == run[name] for name in same)
         if alike and done["split"] == "valid" and done["seed"] == 0 and done["end"] is not None:
             found.append(done)
     return sorted(found, key=lambda done: (done["lr"], done["memory_lr"] or 0))
@@ -611,7 +619,10 @@ def main() -> None:
             words += [f"--{name}", getattr(args, name)]
     base, settings, device = start_of(words)
     new, old = read_texts(settings)
+    if args.plot and not old:
+        raise ValueError("--plot draws new against old text; name the old one with --old_dataset")
     texts = [split.identity for text in (new, old) for split in text.values()]
+    tokens = args.tokens or settings.tokens or len(new["train"].tokens)  # one epoch
     named = hash_of_model(base)
     first = {}
     for method, (name, options) in methods_of.items():
@@ -623,7 +634,7 @@ def main() -> None:
             "method": name,
             "options": shaping,
             "train": options.get("train", "new"),
-            "tokens": options.get("tokens", args.tokens or settings.tokens),
+            "tokens": options.get("tokens", tokens),
             "batch_size": settings.batch_size,
             "lr": options.get("lr", 0),  # 0: to be found
             "memory_lr": options.get("memory_lr", 0) if has_bank(model) else None,

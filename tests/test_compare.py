@@ -94,6 +94,7 @@ def test_a_study_is_made_once_and_read_again(study, monkeypatch, capsys):
         file.write('{"base": "cut')
     assert call(monkeypatch, "compare.py", *FLAGS) == 0
     again = capsys.readouterr().out
+    assert len(lines()) == len(runs)  # the cut line is gone
     assert "to make" not in again and again.split("token-level")[1] == first.split("token-level")[1]
 
 
