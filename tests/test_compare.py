@@ -68,7 +68,7 @@ def lines():
 def test_a_study_is_made_once_and_read_again(study, monkeypatch, capsys):
     assert call(monkeypatch, "compare.py", *FLAGS) == 0
     first = capsys.readouterr().out
-    assert "| llama-pro |" in first and "| the base |" in first
+    assert "| llama-pro: two copies" in first and "| the base |" in first
 
     # Trials on seed 0 and validation text, finals on seeds 1 and 2 and the test splits.
     runs = lines()

@@ -49,11 +49,25 @@ def test_without_network_and_files_one_sentence_says_what_to_do(tmp_path, monkey
 
 def test_what_is_at_hand_needs_no_download(tmp_path):
     folder = str(tmp_path)
-    assert [data.is_at_hand(name, folder) for name in ("pydocs", "pycode", "text")] == [True] * 3
-    assert not data.is_at_hand("wikitext103", folder)
-    for name, file in (("wikitext103", "wiki.valid.raw"), ("wikitext2", "wikitext-2-v1.zip")):
+    assert data.is_at_hand("pydocs", folder) and data.is_at_hand("pycode", folder)
+    for name, file in (
+        ("text", "valid.txt"),
+        ("wikitext103", "wiki.valid.raw"),
+        ("wikitext2", "wikitext-2-v1.zip"),
+    ):
+        assert not data.is_at_hand(name, folder)
         (tmp_path / file).write_bytes(b"")
         assert data.is_at_hand(name, folder)
+    with pytest.raises(ValueError, match="dataset must be one of"):
+        data.is_at_hand("mine", folder)
+
+
+def test_form_feeds_end_no_line(tmp_path):
+    """ast counts none, so what is cut as a docstring must not either."""
+    file = tmp_path / "paged.py"
+    file.write_text('\x0c\ndef f():\n    """Prose.\x0c\n    More."""\n    return 1\n')
+    prose, code = data.split_prose_from_code(str(file))
+    assert "Prose." in prose and code == "def f():\n    return 1"
 
 
 # ---- Tokenizers ----------------------------------------------------------------------------------

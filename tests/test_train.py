@@ -298,7 +298,7 @@ def test_a_run_goes_on_with_its_own_texts_alone(here, monkeypatch, capsys):
     path.write_text("another text\n" * 100)
     assert call(monkeypatch, *RUN, "--out", "b.pt") == 2
     error = capsys.readouterr().err
-    assert "base-2x32x16-pydocs" in error and "not the text" in error
+    assert "base-2x32x16-pydocs" in error and "made of another text" in error
 
 
 def test_a_base_made_with_other_settings_is_refused(here, monkeypatch, capsys):
@@ -450,7 +450,7 @@ def test_a_folder_that_a_checkpoint_names_is_used_if_it_exists(monkeypatch, tmp_
         ("--train new", "no inserted blocks"),
         ("--train 2,9", "blocks from 1 to 4"),
         ("--base none.pt", "there is no checkpoint at none.pt"),
-        ("--base gpt2 --n_layer 3", "shape a base from scratch"),
+        ("--base gpt2 --n_layer 3", "only for --base scratch"),
         ("--base gpt2 --block_size 2000", "more than the base's 1024 positions"),
         ("--base gpt2 --tokenizer bytes", "the base was trained with gpt2"),
         ("--tokenizer gpt5", "tokenizer must be gpt2"),
