@@ -555,21 +555,27 @@ def print_trials(words: str, trials: list[dict]) -> None:
 
 
 # ---- Picture -------------------------------------------------------------------------------------
-def draw(rows: list[Row], trials: dict[str, list[dict]], finals: dict, path: str) -> None:
-    """New against old text over the rates of each method; banks at the rate that was chosen."""
+def front(runs: list[dict]) -> list[dict]:
+    """Those that no other run of the same method beats on both texts, from the least forgotten."""
+    kept = []
+    for run in sorted(runs, key=lambda run: run["end"]["old"]):
+        if not kept or run["end"]["new"] < kept[-1]["end"]["new"]:
+            kept.append(run)
+    return kept
+
+
+def draw(rows: list[Row], trials: dict[str, list[dict]], path: str) -> None:
+    """What each method can have of both texts, by the rates that were tried; down left is best."""
     kinds = {"memory": "memory", "copies": "copies"}
     figure, (axis,) = plot.new_figure(8.5, 5)
     ends = []
-    for number, row in enumerate(rows):
-        bank = finals[row.method][0]["memory_lr"]
-        runs = [run for run in trials[row.method] if run["memory_lr"] == bank]
-        if not runs:
-            continue
+    for number, row in enumerate(row for row in rows if trials[row.method]):
+        runs = front(trials[row.method])
         colour = plot.COLOURS[kinds.get(row.group, "control")]
         old = [run["end"]["old"] for run in runs]
         new = [run["end"]["new"] for run in runs]
-        style = ("-o", "--o", ":o", "-.o")[number % 4]
-        axis.plot(old, new, style, color=colour, markersize=4)
+        style = ("-o", "--s", ":^", "-.D")[number % 4]
+        axis.plot(old, new, style, color=colour, markersize=5)
         ends.append((new[-1], row.words, colour))
     axis.set_xlabel("perplexity on the old text: what is forgotten", color=plot.INK)
     axis.set_ylabel("perplexity on the new text: what is learned", color=plot.INK)
@@ -678,7 +684,7 @@ def main() -> None:
     for row in rows:
         print_trials(row.words, trials[row.method])
     if args.plot:
-        draw(rows, trials, done, args.plot)
+        draw(rows, trials, args.plot)
 
 
 if __name__ == "__main__":
