@@ -321,7 +321,8 @@ def count_parameters(model: GPT, blocks: tuple[int, ...] | None = None) -> dict[
 
 # ---- Models in files -----------------------------------------------------------------------------
 # What is said of a model beside its weights, as far as other files rely on it, and its type.
-INFO = {"tokenizer": str, "dataset": str, "data_dir": str, "settings": dict, "progress": dict}
+TEXTS = ("tokenizer", "dataset", "data_dir", "old_dataset", "old_data_dir")
+INFO = dict.fromkeys(TEXTS, str) | {"settings": dict, "progress": dict}
 
 
 def save_checkpoint(path: str, model: GPT, **info) -> None:

@@ -44,7 +44,15 @@ from data import (
     vocab_size,
 )
 from eval import closing_row, print_closing_table, sum_nll, verdict
-from model import GPT, PRETRAINED, GPTConfig, load_checkpoint, open_model, save_checkpoint
+from model import (
+    GPT,
+    PRETRAINED,
+    TEXTS,
+    GPTConfig,
+    load_checkpoint,
+    open_model,
+    save_checkpoint,
+)
 from upscale import METHODS, add_flags, given_options, set_trainable, summary, upscale
 
 # ---- Settings ------------------------------------------------------------------------------------
@@ -482,9 +490,9 @@ def describe(progress: dict, settings: Namespace, count: int) -> str:
 def save(path: str, model: GPT, settings: Namespace, progress: dict) -> None:
     """Writes the checkpoint: model, settings, progress, and what others want to know of it."""
     # eval.py and upscale.py need not know what settings are.
-    names = ("tokenizer", "dataset", "data_dir", "old_dataset", "old_data_dir")
-    about = {name: getattr(settings, name) for name in names}
-    save_checkpoint(path, model, settings=vars(settings), progress=progress, **about)
+    known = vars(settings)
+    about = {name: known[name] for name in TEXTS if known[name] is not None}
+    save_checkpoint(path, model, settings=known, progress=progress, **about)
 
 
 def open_run(path: str) -> tuple[GPT, Namespace, dict]:

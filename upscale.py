@@ -109,6 +109,24 @@ def interleave(n_layer: int, positions: list[int]) -> tuple[list[int], list[int]
     return sources, new
 
 
+def overlap(n_layer: int, n_new: int | None = None) -> tuple[list[int], list[int]]:
+    """SOLAR's stack of two copies of the base, as sources and new, see interleave().
+
+    The base without its last m1 blocks, then the base without its first m2; m1 + m2 = n_layer -
+    n_new, as equal as can be. The second copy's overlapping blocks count as the new ones.
+
+    >>> overlap(6, 2)
+    ([0, 1, 2, 3, 2, 3, 4, 5], [4, 5])
+    """
+    n_new = max(1, n_layer // 2) if n_new is None else n_new
+    check_count("n_new", n_new, n_layer)
+    m1 = (n_layer - n_new) // 2
+    m2 = n_layer - n_new - m1
+    seam = n_layer - m1
+    sources = [*range(seam), *range(m2, n_layer)]
+    return sources, list(range(seam, seam + n_new))
+
+
 @torch.no_grad()
 def assemble(base: GPT, sources: list[int], new: list[int], kind: str = "T", **memory) -> GPT:
     """A stack whose block i starts as a copy of the base's block sources[i].
@@ -181,22 +199,8 @@ def llama_pro(
 
 
 def solar(base: GPT, n_new: int | None = None) -> GPT:
-    """Two overlapping copies of the stack; by default half as many blocks again, as published.
-
-    The base without its last m1 blocks, then the base without its first m2; m1 + m2 = n_layer -
-    n_new, as equal as can be. The second copy's overlapping blocks count as the new ones.
-    """
-    n_layer = base.config.n_layer
-    n_new = max(1, n_layer // 2) if n_new is None else n_new
-    check_count("n_new", n_new, n_layer)
-
-    # Of six blocks and two new ones: 1 2 3 4 and 3 4 5 6.
-    m1 = (n_layer - n_new) // 2
-    m2 = n_layer - n_new - m1
-    first = list(range(n_layer - m1))
-    second = list(range(m2, n_layer))
-    new = list(range(len(first), len(first) + n_new))
-    return assemble(base, first + second, new)
+    """Two overlapping copies of the stack; by default half as many blocks again, as published."""
+    return assemble(base, *overlap(base.config.n_layer, n_new))
 
 
 # A method: the function that builds the deeper model, the options it takes, and what trains unless

@@ -37,10 +37,10 @@ from upscale import (
     METHODS,
     PLACEMENT,
     add_flags,
-    check_count,
     given_options,
     interleave,
     memory_sizes,
+    overlap,
     place,
 )
 
@@ -164,15 +164,9 @@ def new_stack(method: str, n_layer: int, **placement) -> tuple[list[int], list[i
 
     placement: every, positions, n_new. Raises ValueError for what cannot be.
     """
-    if method != "solar":
-        return interleave(n_layer, place(n_layer, method == "midus", **placement))
-
-    # Two overlapping copies of the stack; of six layers and two new ones 1 2 3 4 and 3 4 5 6.
-    n_new = placement.get("n_new", max(1, n_layer // 2))
-    check_count("n_new", n_new, n_layer)
-    seam = n_layer - (n_layer - n_new) // 2
-    sources = [*range(seam), *range(seam - n_new, n_layer)]
-    return sources, list(range(seam, seam + n_new))
+    if method == "solar":
+        return overlap(n_layer, **placement)
+    return interleave(n_layer, place(n_layer, method == "midus", **placement))
 
 
 def output_projections(layer: nn.Module) -> list[nn.Module]:

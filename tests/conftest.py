@@ -144,16 +144,6 @@ def here(tmp_path, monkeypatch):
 
 
 @pytest.fixture(scope="session")
-def pydocs(tmp_path_factory):
-    """A data folder with the whole of pydocs, tokenized, and of pycode: that takes seconds."""
-    from data import load_dataset
-
-    folder = tmp_path_factory.mktemp("pydocs")
-    load_dataset("pydocs", "bytes", str(folder))
-    return folder
-
-
-@pytest.fixture(scope="session")
 def wikitext2(tmp_path_factory):
     """A folder with the real WikiText-2, where caches may go; the test skips where it is absent."""
     folder = SHARED / "data" / "wikitext-2"

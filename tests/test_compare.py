@@ -18,6 +18,8 @@ FLAGS = "--base base.pt --old_dataset text --device cpu --tokens 512 --seeds 2 -
 FLAGS += (
     "--dtype float32 --results results.jsonl --methods llama-pro midus:n_keys=8:top_k=4".split()
 )
+# One method, with its rate: two runs, and no trials.
+SHORT = [*FLAGS[:-2], "llama-pro:lr=1e-2"]
 
 
 class HereAndNow:
@@ -99,23 +101,23 @@ def test_a_study_is_made_once_and_read_again(study, monkeypatch, capsys):
 
 
 def test_a_changed_method_is_made_anew_or_read_as_stale(study, monkeypatch, capsys):
-    assert call(monkeypatch, "compare.py", *FLAGS) == 0
+    assert call(monkeypatch, "compare.py", *SHORT) == 0
     count = len(lines())
     monkeypatch.setattr(compare, "hash_of_code", lambda name: "other")
-    assert call(monkeypatch, "compare.py", *FLAGS, "--stale") == 0
+    assert call(monkeypatch, "compare.py", *SHORT, "--stale") == 0
     assert len(lines()) == count
     capsys.readouterr()
-    assert call(monkeypatch, "compare.py", *FLAGS) == 0
+    assert call(monkeypatch, "compare.py", *SHORT) == 0
     assert "made by other code; --stale would read them" in capsys.readouterr().out
     assert len(lines()) > count
 
 
 def test_a_changed_text_is_another_run(study, monkeypatch):
     """Whichever split has changed: test.txt of the old text too."""
-    assert call(monkeypatch, "compare.py", *FLAGS) == 0
+    assert call(monkeypatch, "compare.py", *SHORT) == 0
     count = len(lines())
     (study / "test.txt").write_text("not what it was, " * 60)
-    assert call(monkeypatch, "compare.py", *FLAGS) == 0
+    assert call(monkeypatch, "compare.py", *SHORT) == 0
     assert len(lines()) == 2 * count
 
 

@@ -215,11 +215,13 @@ def test_two_that_begin_at_once_in_one_folder_both_work(library, tmp_path):
     assert not list(tmp_path.rglob("*.tmp"))
 
 
-def test_the_real_library_is_large_enough(pydocs):
-    splits = load_dataset("pydocs", "bytes", str(pydocs))
+def test_the_real_library_is_large_enough(tmp_path, long):
+    if not long:
+        pytest.skip("takes ten seconds; needs --long")
+    splits = load_dataset("pydocs", "bytes", str(tmp_path))
     assert len(splits["train"].tokens) > 1_500_000
     assert all(len(splits[split].tokens) > 40_000 for split in ("valid", "test"))
-    code = pydocs / f"pycode-{platform.python_version()}"
+    code = tmp_path / f"pycode-{platform.python_version()}"
     assert (code / "wiki.train.txt").stat().st_size > 4_000_000
     assert all((code / f"wiki.{split}.txt").stat().st_size > 150_000 for split in ("valid", "test"))
 

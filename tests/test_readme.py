@@ -143,7 +143,7 @@ def test_the_command_for_a_gpu_runs_as_written(gpt2_vocabulary, server, here, mo
     assert call(monkeypatch, *words, "--preset", "gpt2") == 0
     deeper, info = model.load_checkpoint("ckpt.pt")
     settings, progress = info["settings"], info["progress"]
-    assert deeper.config.blocks == "TMT" and info["old_dataset"] is None
+    assert deeper.config.blocks == "TMT" and "old_dataset" not in info
     assert (settings["base"], settings["grad_accum"], settings["batch_size"]) == ("gpt2", 8, 32)
     assert progress["step"] == settings["tokens"] // (32 * 16) >= 2  # one epoch
     assert same_weights(deeper.h[0], original.h[0]) and same_weights(deeper.h[2], original.h[1])
