@@ -1,11 +1,11 @@
 """
 What is inside a trained memory: which slots are used, for what, and does it matter?
 
-    python experiments/analyze.py ckpt.pt                           four tables
+    python experiments/analyze.py ckpt.pt                           three tables
     python experiments/analyze.py ckpt.pt --slots slots.svg         a picture of one head's slots
     python experiments/analyze.py ckpt.pt token.pt --slots slots.svg    two, on the same scale
 
-In order: reads, use of slots, what slots answer, heads, fixed retrieval, the picture. Everything
+In order: reads, use of slots, what slots answer, fixed retrieval, the picture. Everything
 reads the first --tokens of a split, in windows without overlap. Blocks count from 1, heads from 0.
 Shape names: see hml.py.
 """
@@ -88,12 +88,6 @@ def reads_of_head(reads: Reads, block: int, head: int) -> tuple[Tensor, Tensor]:
 
 
 # ---- Use of slots --------------------------------------------------------------------------------
-def slots_holding(weight: Tensor, share: float) -> int:
-    """How many slots, the busiest first, hold this share of the summed weight (N,)."""
-    held = weight.sort(descending=True).values.cumsum(0) / weight.sum()
-    return min(int((held < share - 1e-12).sum()) + 1, len(weight))
-
-
 def favourite(weights: Tensor, slots: Tensor, tokens: np.ndarray) -> float:
     """Of a slot's weight the share that its most faithful token has; a mean over slots by weight.
 
@@ -114,22 +108,30 @@ def favourite(weights: Tensor, slots: Tensor, tokens: np.ndarray) -> float:
 
 def use_of_slots(model: GPT, tokens: np.ndarray, reads: Reads) -> list[dict]:
     """A row for every head of every memory block; slots are counted."""
-    n_slots = model.config.n_keys**2
     rows = []
     for block in reads:
         for head in range(model.config.n_head):
             weights, slots = reads_of_head(reads, block, head)  # both (tokens, k)
-            weight = torch.bincount(slots.flatten(), weights.flatten(), n_slots)  # (N,)
             row = {
                 "block": block + 1,
                 "head": head,
                 "ever first choice": len(slots[:, 0].unique()),
                 "ever read": len(slots.unique()),
-                "hold 90% of the weight": slots_holding(weight, 0.9),
                 "favourite token": f"{favourite(weights, slots, tokens):.0%}",
             }
             rows.append(row)
     return rows
+
+
+def widest_head(model: GPT, reads: Reads, block: int) -> tuple[int, Tensor]:
+    """The head that has most slots in use; and how often each was its first choice, (n, n)."""
+    n = model.config.n_keys
+    counts = []
+    for head in range(model.config.n_head):
+        _, slots = reads_of_head(reads, block, head)
+        counts.append(torch.bincount(slots[:, 0], minlength=n * n).view(n, n))
+    widest = max(range(len(counts)), key=lambda head: int((counts[head] > 0).sum()))
+    return widest, counts[widest]
 
 
 # ---- What slots answer ---------------------------------------------------------------------------
@@ -182,35 +184,6 @@ def in_words(
     return rows
 
 
-# ---- Heads ---------------------------------------------------------------------------------------
-def silence_head(model: GPT, block: int, head: int) -> RemovableHandle:
-    """A hook by which one head's output is zero: of the memory, or of attention before c_proj."""
-    gate = torch.ones(model.config.n_head, 1, device=model.wte.weight.device)
-    gate[head] = 0
-
-    def after_memory(module, inputs, heads: Tensor) -> Tensor:
-        return heads * gate  # (B, T, H, d_h)
-
-    def before_projection(module, inputs: tuple[Tensor]) -> Tensor:
-        heads = inputs[0].unflatten(-1, (model.config.n_head, -1))  # (B, T, C) -> (B, T, H, d_h)
-        return (heads * gate).flatten(2)  # (B, T, C)
-
-    if model.config.blocks[block] == "M":
-        return model.h[block].memory.hive.register_forward_hook(after_memory)
-    return model.h[block].attn.c_proj.register_forward_pre_hook(before_projection)
-
-
-def importance(model: GPT, batches: Batches) -> Tensor:
-    """By how much the mean loss rises when a head is silenced: (blocks, H), in nats."""
-    whole = mean_loss(model, batches)
-    rise = torch.zeros(model.config.n_layer, model.config.n_head)
-    for block in tqdm(range(len(rise)), desc="silencing heads", disable=None):
-        for head in range(model.config.n_head):
-            with hooked([silence_head(model, block, head)]):
-                rise[block, head] = mean_loss(model, batches) - whole
-    return rise
-
-
 # ---- Fixed retrieval -----------------------------------------------------------------------------
 def projections(proj: Tensor, gram: Tensor) -> dict[str, Tensor]:
     """Ways to turn what heads read into values, each (H, d_v, d_h).
@@ -261,18 +234,6 @@ def fixed_retrieval(model: GPT, batches: Batches, reads: Reads) -> list[dict]:
 
 
 # ---- The picture ---------------------------------------------------------------------------------
-def first_choices(model: GPT, reads: Reads) -> Tensor:
-    """How often each slot was first choice, (n, n): of the head that uses most, in the first
-    memory block.
-    """
-    n = model.config.n_keys
-    counts = []
-    for head in range(model.config.n_head):
-        _, slots = reads_of_head(reads, min(reads), head)
-        counts.append(torch.bincount(slots[:, 0], minlength=n * n))
-    return max(counts, key=lambda count: int((count > 0).sum())).view(n, n)
-
-
 def draw_slots(squares: dict[str, Tensor], path: str) -> None:
     """squares: counts (n, n) by title, side by side. Slots never chosen are grey."""
     from matplotlib.colors import LogNorm
@@ -323,22 +284,12 @@ def show_tables(model: GPT, tokens: np.ndarray, tokenizer: tiktoken.Encoding) ->
     print_table(title, use_of_slots(model, tokens, reads))
     print("\nfavourite token: the share of a slot's weight that one token has, a mean over slots")
 
-    rise = importance(model, batches)
-    rows = []
-    for i, kind in enumerate(model.config.blocks):
-        name = {"M": "memory", "T": "attention"}[kind]
-        row = {"block": i + 1, "heads of": name}
-        for head, value in enumerate(rise[i].tolist()):
-            row[f"head {head}"] = value
-        rows.append(row)
-    print_table("Rise in loss when a head is silenced, nats", rows)
-
     rows = []
     for block in reads:
-        head = int(rise[block].argmax())
+        head, _ = widest_head(model, reads, block)
         slots = busiest_slots(*reads_of_head(reads, block, head), tokens)
         rows += in_words(block, head, slots, tokens, tokenizer)
-    print_table("The busiest slots of each memory's most important head", rows)
+    print_table("The busiest slots, of each memory's head that has most in use", rows)
     print_table("The same reads, other values", fixed_retrieval(model, batches, reads))
 
 
@@ -366,7 +317,8 @@ def main() -> None:
         if not args.slots:
             show_tables(model, tokens, tokenizer)
             continue
-        counts = first_choices(model, record_reads(model, windows(model, tokens)))
+        reads = record_reads(model, windows(model, tokens))
+        _, counts = widest_head(model, reads, block=min(reads))
         used = int((counts > 0).sum())
         print(f"first choices: {used:,} of {counts.numel():,} slots")
         asks = {"head": "its attention output", "token": "token and attention"}
