@@ -255,13 +255,13 @@ def draw_lengths(rows: list[dict], args: Namespace) -> None:
     rows = [row for row in rows if row["n, k"] == f"{n}, {k}"]
     lengths = [row["T"] for row in rows]
     figure, (axis,) = new_figure(8, 4)
-    ends = [(1.0, "a copied block", COLOURS["copies"])]
+    ends = [(lengths[-1], 1.0, "a copied block", COLOURS["copies"])]
     axis.axhline(1, color=COLOURS["copies"])
     lines = {"training step": "-", "inference": "--", "one token more": ":"}
     for name, dashes in lines.items():
         medians = [statistics.median(row[name]) for row in rows]
         axis.plot(lengths, medians, dashes, marker="o", color=COLOURS["memory"])
-        ends.append((medians[-1], f"memory block, {name}", COLOURS["memory"]))
+        ends.append((lengths[-1], medians[-1], f"memory block, {name}", COLOURS["memory"]))
     axis.set_xscale("log", base=2)
     axis.set_xticks(lengths, [f"{T:,}" for T in lengths])
     axis.set_ylim(bottom=0)

@@ -2,7 +2,7 @@
 When does looking up beat copying? Every method on one base, with the same batches in one order.
 
     python experiments/compare.py                       the main table (two hours on two cores)
-    python experiments/compare.py size parts longer     other tables, by name
+    python experiments/compare.py size parts longer     other tables, by name (an hour each)
     python experiments/compare.py --methods llama-pro midus:query=token:n_keys=64
 
 The base is train.py's own: a tiny GPT that has read Python's documentation (the old text). It goes
@@ -67,7 +67,7 @@ Row = namedtuple("Row", ("group", "words", "method"))
 # A copied block with a memory for its FFN, one bank for all, keys that start three times larger.
 LITERAL = "variant:query=token:residual=True:shared=True:key_scale=3.0"
 TOKEN = "midus:query=token"
-RATES = ":lr=3e-3:memory_lr=0.1"  # found for the token query in the main table
+RATES = ":lr=3e-3:memory_lr=0.1"  # train.py's own
 TABLES = {
     "main": [
         Row("none", "no new block: blocks 2 and 4 train", "none"),
@@ -95,16 +95,27 @@ TABLES = {
             for n in (1, 2, 3, 4)
         ),
         *(
-            Row("two memory blocks", f"n={n}", f"{TOKEN}:n_keys={n}{RATES}")
+            Row("two memory blocks", f"two memory blocks, n={n}", f"{TOKEN}:n_keys={n}{RATES}")
             for n in (16, 32, 64, 128, 256)
         ),
         *(
             Row(
                 "four memory blocks",
-                f"n={n}",
-                f"{TOKEN}:positions=1,2,3,4:n_keys={n}{RATES}",
+                f"four memory blocks, n={n}",
+                f"{TOKEN}:n_new=4:n_keys={n}{RATES}",
             )
             for n in (16, 32, 64, 128)
+        ),
+    ],
+    "widths": [
+        *(
+            Row("memory", f"n=64, k={k}", f"{TOKEN}:n_keys=64:top_k={k}{RATES}")
+            for k in (2, 4, 8, 16, 32)
+        ),
+        *(
+            Row("memory", f"n={n}, d_v={d}", f"{TOKEN}:n_keys={n}:d_latent={d}{RATES}")
+            for n in (64, 128)
+            for d in (8, 16, 32, 64)
         ),
     ],
     "parts": [
@@ -564,22 +575,49 @@ def front(runs: list[dict]) -> list[dict]:
     return kept
 
 
+def colour_of(row: Row) -> str:
+    kind = "memory" if "memory" in row.group else row.group
+    return plot.COLOURS.get(kind, plot.COLOURS["control"])
+
+
 def draw(rows: list[Row], trials: dict[str, list[dict]], path: str) -> None:
     """What each method can have of both texts, by the rates that were tried; down left is best."""
-    kinds = {"memory": "memory", "copies": "copies"}
     figure, (axis,) = plot.new_figure(8.5, 5)
     ends = []
     for number, row in enumerate(row for row in rows if trials[row.method]):
         runs = front(trials[row.method])
-        colour = plot.COLOURS[kinds.get(row.group, "control")]
         old = [run["end"]["old"] for run in runs]
         new = [run["end"]["new"] for run in runs]
         style = ("-o", "--s", ":^", "-.D")[number % 4]
-        axis.plot(old, new, style, color=colour, markersize=5)
-        ends.append((new[-1], row.words, colour))
+        axis.plot(old, new, style, color=colour_of(row), markersize=5)
+        ends.append((old[-1], new[-1], row.words, colour_of(row)))
     axis.set_xlabel("perplexity on the old text: what is forgotten", color=plot.INK)
     axis.set_ylabel("perplexity on the new text: what is learned", color=plot.INK)
     plot.name_ends(axis, ends)
+    plot.write_picture(figure, path)
+
+
+def draw_sizes(rows: list[Row], finals: dict[str, list[dict]], path: str) -> None:
+    """Both texts, one below the other, against what blocks of growing size add; means of seeds."""
+    costs = {"parameters added": "added", "multiplications per token added": "multiplications"}
+    figure, axes = plot.new_figure(10, 7, columns=2, rows=2)
+    places = [(kind, words) for kind in ("new", "old") for words in costs]
+    for axis, (kind, words) in zip(axes, places):
+        ends = []
+        for number, group in enumerate(dict.fromkeys(row.group for row in rows)):
+            of_group = [row for row in rows if row.group == group]
+            x = [finals[row.method][0][costs[words]] for row in of_group]
+            y = [
+                statistics.mean(run["end"][kind] for run in finals[row.method]) for row in of_group
+            ]
+            style = ("-o", "--s", ":^", "-.D")[number % 4]
+            axis.plot(x, y, style, color=colour_of(of_group[0]), markersize=5)
+            ends.append((x[-1], y[-1], group, colour_of(of_group[0])))
+        axis.set_xscale("log")
+        axis.set_xlabel(words, color=plot.INK)
+        axis.set_ylabel(f"perplexity on the {kind} text", color=plot.INK)
+        if axis in axes[1::2]:  # on the right
+            plot.name_ends(axis, ends)
     plot.write_picture(figure, path)
 
 
@@ -683,7 +721,9 @@ def main() -> None:
     print("| new blocks | lr | banks | new text | old text |\n| --- | --- | --- | --- | --- |")
     for row in rows:
         print_trials(row.words, trials[row.method])
-    if args.plot:
+    if args.plot and args.tables == ["size"]:
+        draw_sizes(rows, done, args.plot)
+    elif args.plot:
         draw(rows, trials, args.plot)
 
 

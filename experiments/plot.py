@@ -32,12 +32,12 @@ def check_picture(path: str) -> None:
         raise ValueError("a picture needs matplotlib: pip install matplotlib") from None
 
 
-def new_figure(width: float, height: float, columns: int = 1) -> tuple:
-    """A figure without background, and its axes, a list, in grey."""
+def new_figure(width: float, height: float, columns: int = 1, rows: int = 1) -> tuple:
+    """A figure without background, and its axes, a list, in grey; row by row."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(width, height), layout="constrained", facecolor="none")
-    axes = figure.subplots(1, columns, squeeze=False)[0]
+    axes = figure.subplots(rows, columns, squeeze=False).flatten()
     for axis in axes:
         axis.set_facecolor("none")
         axis.spines[["top", "right"]].set_visible(False)
@@ -46,16 +46,26 @@ def new_figure(width: float, height: float, columns: int = 1) -> tuple:
     return figure, list(axes)
 
 
-def name_ends(axis, ends: list[tuple[float, str, str]]) -> None:
-    """Writes (height of a line's end, its name, its colour) right of the axis, none over another.
+def name_ends(axis, ends: list[tuple[float, float, str, str]]) -> None:
+    """Writes the names of lines right of the axis, none over another, each tied to its line.
 
-    Call it when everything is drawn.
+    ends: of each line the x and y of its end, its name, its colour. Call it when everything is
+    drawn.
     """
     bottom, top = axis.get_ylim()
     place = -1.0  # of the name below, in heights of the axis
-    for height, name, colour in sorted(ends):
-        place = max((height - bottom) / (top - bottom), place + 0.06)
-        axis.text(1.02, place, name, color=colour, va="center", transform=axis.transAxes)
+    for x, y, name, colour in sorted(ends, key=lambda end: end[1]):
+        place = max((y - bottom) / (top - bottom), place + 0.06)
+        axis.annotate(
+            name,
+            xy=(x, y),
+            xytext=(1.03, place),
+            textcoords="axes fraction",
+            color=colour,
+            va="center",
+            annotation_clip=False,
+            arrowprops={"arrowstyle": "-", "color": colour, "linewidth": 0.6, "alpha": 0.6},
+        )
 
 
 def write_picture(figure, path: str) -> None:
@@ -107,12 +117,12 @@ def main() -> None:
         drawn[kind] += 1
 
         # Two runs of one name are told apart by their files.
-        if any(name == other for _, other, _ in ends):
+        if any(name == other for _, _, other, _ in ends):
             name += f" ({os.path.basename(path)})"
         axis.plot(*smooth(progress["losses"]), dashes, color=COLOURS[kind], linewidth=1, alpha=0.5)
         at, losses = zip(*progress["valid"])
         axis.plot(at, losses, f"o{dashes}", color=COLOURS[kind], markersize=4, clip_on=False)
-        ends.append((losses[-1], name, COLOURS[kind]))
+        ends.append((at[-1], losses[-1], name, COLOURS[kind]))
 
     axis.set_xlim(left=0)
     axis.set_xlabel("training steps", color=INK)

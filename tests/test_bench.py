@@ -204,7 +204,7 @@ def test_losses_are_drawn(tmp_path, monkeypatch, capsys):
     )
     assert call(monkeypatch, "plot.py", *names, "--plot", "a.png") == 0
     axis, ends = written[0]
-    assert [name for _, name, _ in ends] == [
+    assert [name for _, _, name, _ in ends] == [
         "memory blocks, head query",
         "memory blocks, head query (b.pt)",
         "copied blocks",
