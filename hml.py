@@ -62,11 +62,12 @@ it step by step:
     row halves (0, 1) (1, 2) (1, -1)  row scores 2  5 -1     best rows 1, 0 with 5, 2
     col halves (2, 0) (0, 1) (1, -1)  col scores 4 -1  3     best cols 0, 2 with 4, 3
     the key of slot 5, row 1 and col 2, is (1, 2 | 1, -1); its score is 5 + 3 = 8
-    pairs of ranks    (0, 0): 5 + 4 = 9    (0, 1): 5 + 3 = 8    (1, 0): 2 + 4 = 6
+    pairs of ranks, not of rows and columns:
+                      (0, 0): 5 + 4 = 9    (0, 1): 5 + 3 = 8    (1, 0): 2 + 4 = 6
                       (1, 1) is beaten by the other three: it cannot be among the best 2
     best slots        row 1, col 0 = 3     row 1, col 2 = 5
     softmax(9, 8)     0.731                0.269
-    bank              entry 3 is (4, 0)    entry 5 is (0, 4)    z = (2.924, 1.076)
+    bank, else zero   entry 3 is (4, 0)    entry 5 is (0, 4)    z = (2.924, 1.076)
     W = ((1, 0, 2, 1), (0, 1, 0, -1))                    m = z W = (2.924, 1.076, 5.848, 1.848)
 
 What a memory block costs in GPT-2 124M (C=768, H=12) with n=128, k=16, d_v=64:
@@ -99,26 +100,14 @@ from torch import Tensor, nn
 # slot's score is the sum of one row score and one column score.
 
 
-def has_numbers(tensor: Tensor) -> bool:
-    """Whether numpy or a backward of our own may touch a tensor.
-
-    Not if it is traced, fake, empty, inside torch.func, or on a device that nobody has tried.
-    """
-    if torch.jit.is_tracing() or type(tensor) not in (Tensor, nn.Parameter):
-        return False
-    try:
-        return tensor.device.type in ("cpu", "cuda") and tensor.data_ptr() != 0
-    except RuntimeError:  # torch.func's tensors have no address
-        return False
-
-
 def topk(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """The k largest of scores (..., n), best first: values and places, both (..., k).
 
     The same as scores.topk(k), except for the order of ties.
     """
     # For short lists on a CPU, such as the example's, numpy's sort takes a third to a half of the
-    # time of torch's topk. It cannot look into traced code, and knows no bf16.
+    # time of torch's topk. What numpy cannot read, such as traced code or bf16, goes the other way;
+    # has_numbers() is in section 5.
     short = scores.size(-1) <= 256
     for_numpy = short and scores.device.type == "cpu" and scores.dtype == torch.float32
     if for_numpy and not torch.compiler.is_compiling() and has_numbers(scores):
@@ -380,8 +369,22 @@ def show_example() -> None:
 
 
 # ---- 5. Speed only: you may stop here ------------------------------------------------------------
-# The layer is complete. embedding_bag has a backward of its own, which takes longer on a CPU: a
-# training step of this layer takes 1.2 to 1.4 times as long with it (experiments/bench.py).
+# The layer is complete.
+def has_numbers(tensor: Tensor) -> bool:
+    """Whether numpy, or the backward below, may touch a tensor.
+
+    Not if it is traced, fake, empty, inside torch.func, or on a device that nobody has tried.
+    """
+    if torch.jit.is_tracing() or type(tensor) not in (Tensor, nn.Parameter):
+        return False
+    try:
+        return tensor.device.type in ("cpu", "cuda") and tensor.data_ptr() != 0
+    except RuntimeError:  # torch.func's tensors have no address
+        return False
+
+
+# embedding_bag has a backward of its own, which takes longer on a CPU: a training step of this
+# layer takes 1.2 to 1.4 times as long with it (experiments/bench.py).
 class PoolForCPU(torch.autograd.Function):
     """embedding_bag with weights, and a backward that CPUs do sooner."""
 
