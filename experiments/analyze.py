@@ -1,11 +1,11 @@
 """
 What is inside a trained memory: which slots are used, for what, and does it matter?
 
-    python experiments/analyze.py ckpt.pt                           three tables
+    python experiments/analyze.py ckpt.pt                           four tables
     python experiments/analyze.py ckpt.pt --slots slots.svg         a picture of one head's slots
     python experiments/analyze.py ckpt.pt token.pt --slots slots.svg    two, on the same scale
 
-In order: reads, use of slots, what slots answer, fixed retrieval, the picture. Everything
+In order: reads, use of slots, what slots answer, heads, fixed retrieval, the picture. Everything
 reads the first --tokens of a split, in windows without overlap. Blocks count from 1, heads from 0.
 Shape names: see hml.py.
 """
@@ -123,17 +123,6 @@ def use_of_slots(model: GPT, tokens: np.ndarray, reads: Reads) -> list[dict]:
     return rows
 
 
-def widest_head(model: GPT, reads: Reads, block: int) -> tuple[int, Tensor]:
-    """The head that has most slots in use; and how often each was its first choice, (n, n)."""
-    n = model.config.n_keys
-    counts = []
-    for head in range(model.config.n_head):
-        _, slots = reads_of_head(reads, block, head)
-        counts.append(torch.bincount(slots[:, 0], minlength=n * n).view(n, n))
-    widest = max(range(len(counts)), key=lambda head: int((counts[head] > 0).sum()))
-    return widest, counts[widest]
-
-
 # ---- What slots answer ---------------------------------------------------------------------------
 def busiest_slots(
     weights: Tensor, slots: Tensor, tokens: np.ndarray, count: int = 4, examples: int = 4
@@ -182,6 +171,23 @@ def in_words(
         }
         rows.append(row)
     return rows
+
+
+# ---- Heads ---------------------------------------------------------------------------------------
+def importance(model: GPT, batches: Batches, block: int) -> list[float]:
+    """By how much the mean loss rises, in nats, when one head of a memory writes nothing."""
+    whole = mean_loss(model, batches)
+    rises = []
+    for head in tqdm(range(model.config.n_head), desc="silencing heads", disable=None):
+        gate = torch.ones(model.config.n_head, 1, device=model.wte.weight.device)
+        gate[head] = 0
+
+        def silence(module, inputs, values: Tensor, gate: Tensor = gate) -> Tensor:
+            return values * gate  # (B, T, H, d_h)
+
+        with hooked([model.h[block].memory.hive.register_forward_hook(silence)]):
+            rises.append(mean_loss(model, batches) - whole)
+    return rises
 
 
 # ---- Fixed retrieval -----------------------------------------------------------------------------
@@ -234,6 +240,16 @@ def fixed_retrieval(model: GPT, batches: Batches, reads: Reads) -> list[dict]:
 
 
 # ---- The picture ---------------------------------------------------------------------------------
+def widest(model: GPT, reads: Reads, block: int) -> Tensor:
+    """How often each slot was first choice, (n, n), of the head that has most slots in use."""
+    n = model.config.n_keys
+    counts = []
+    for head in range(model.config.n_head):
+        _, slots = reads_of_head(reads, block, head)
+        counts.append(torch.bincount(slots[:, 0], minlength=n * n).view(n, n))
+    return max(counts, key=lambda count: int((count > 0).sum()))
+
+
 def draw_slots(squares: dict[str, Tensor], path: str) -> None:
     """squares: counts (n, n) by title, side by side. Slots never chosen are grey."""
     from matplotlib.colors import LogNorm
@@ -284,12 +300,18 @@ def show_tables(model: GPT, tokens: np.ndarray, tokenizer: tiktoken.Encoding) ->
     print_table(title, use_of_slots(model, tokens, reads))
     print("\nfavourite token: the share of a slot's weight that one token has, a mean over slots")
 
+    heads = []
     rows = []
     for block in reads:
-        head, _ = widest_head(model, reads, block)
-        slots = busiest_slots(*reads_of_head(reads, block, head), tokens)
-        rows += in_words(block, head, slots, tokens, tokenizer)
-    print_table("The busiest slots, of each memory's head that has most in use", rows)
+        rises = importance(model, batches, block)
+        row = {"block": block + 1}
+        for head, rise in enumerate(rises):
+            row[f"head {head}"] = rise
+        heads.append(row)
+        slots = busiest_slots(*reads_of_head(reads, block, np.argmax(rises)), tokens)
+        rows += in_words(block, np.argmax(rises), slots, tokens, tokenizer)
+    print_table("Rise in loss when a head of a memory is silenced, nats", heads)
+    print_table("The busiest slots of each memory's most important head", rows)
     print_table("The same reads, other values", fixed_retrieval(model, batches, reads))
 
 
@@ -318,7 +340,7 @@ def main() -> None:
             show_tables(model, tokens, tokenizer)
             continue
         reads = record_reads(model, windows(model, tokens))
-        _, counts = widest_head(model, reads, block=min(reads))
+        counts = widest(model, reads, block=min(reads))
         used = int((counts > 0).sum())
         print(f"first choices: {used:,} of {counts.numel():,} slots")
         asks = {"head": "its attention output", "token": "token and attention"}

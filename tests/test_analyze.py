@@ -81,6 +81,22 @@ def test_a_slot_that_answers_one_token():
     assert all(tokens[place] == 7 for place in first["places"])
 
 
+# ---- Heads ---------------------------------------------------------------------------------------
+def test_only_heads_that_write_matter(model):
+    batches = analyze.windows(model, TOKENS)
+    with torch.no_grad():
+        model.h[1].memory.hive.proj[0] = 0  # in block 2 only head 1 writes
+    rise = analyze.importance(model, batches, 1)
+    assert rise[0] == 0 and rise[1] != 0
+
+    # To silence a head is to take away what it writes.
+    before = loss_of(model)
+    rise = analyze.importance(model, batches, 4)
+    with torch.no_grad():
+        model.h[4].memory.hive.proj[1] = 0
+    assert rise[1] == pytest.approx(loss_of(model) - before, abs=1e-5)
+
+
 # ---- Fixed retrieval -----------------------------------------------------------------------------
 def test_fixed_retrieval_with_equal_projections(model):
     """Where all heads have the same W, every way to share it is the same; no memory is not."""
@@ -135,7 +151,7 @@ def here(tmp_path, monkeypatch):
 def test_the_tables(here, monkeypatch, capsys):
     assert call(monkeypatch, "analyze.py", "a.pt", "--tokens", "320") == 0
     out = capsys.readouterr().out
-    assert out.count("\n### ") == 3 and "Use of the 36 slots of each head, k=3" in out
+    assert out.count("\n### ") == 4 and "Use of the 36 slots of each head, k=3" in out
     rows = [line for line in out.splitlines() if line.startswith("|")]
     assert "|" in "".join(rows) and all(row.endswith("|") for row in rows)
     assert any(r"\|" in row for row in rows)  # a bar of the text does not end a cell
@@ -156,12 +172,12 @@ def test_what_it_refuses(flags, says, here, monkeypatch, capsys):
     assert says in error and len(error.splitlines()) == 1
 
 
-def test_the_widest_head_is_the_one_that_uses_most(model):
+def test_the_head_in_the_picture_is_the_one_that_uses_most(model):
     reads = analyze.record_reads(model, analyze.windows(model, TOKENS))
-    head, counts = analyze.widest_head(model, reads, 1)
+    counts = analyze.widest(model, reads, 1)
     used = [len(analyze.reads_of_head(reads, 1, head)[1][:, 0].unique()) for head in (0, 1)]
     assert counts.shape == (6, 6) and counts.sum() == 240
-    assert (counts > 0).sum() == max(used) == used[head]
+    assert (counts > 0).sum() == max(used)
 
 
 def test_squares_have_one_scale(here, monkeypatch, capsys):
