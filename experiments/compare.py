@@ -144,6 +144,22 @@ TABLES = {
             f"variant:query=token:residual=True:shared=True:n_keys=85{RATES}",
         ),
     ],
+    "pair": [  # for other texts: the rate of copies is found, others have one each
+        Row("none", "no new block: blocks 2 and 4 train", "none:lr=6e-3"),
+        Row("all", "solar, everything trained", "solar:n_new=2:train=all:lr=1e-3"),
+        Row("copies", "llama-pro: two copies, silent at first", "llama-pro"),
+        Row("copies", "four copied blocks", "llama-pro:n_new=4:lr=6e-3"),
+        Row("memory", "midus, head query, n=32", f"midus{RATES}"),
+        Row("memory", "midus, token query, n=32", f"{TOKEN}{RATES}"),
+        Row("memory", "midus, token query, n=61", f"{TOKEN}:n_keys=61{RATES}"),
+        Row("memory", "midus, token query, n=128", f"{TOKEN}:n_keys=128{RATES}"),
+        Row(
+            "memory",
+            "token query, one bank, larger keys, n=85",
+            f"variant:query=token:shared=True:key_scale=3.0:n_keys=85{RATES}",
+        ),
+        Row("memory", "memory for the FFN of a copy, n=85", f"{LITERAL}:n_keys=85{RATES}"),
+    ],
     "longer": [
         Row("copies", "llama-pro", "llama-pro:lr=6e-3:tokens=2400000"),
         Row("memory", "head query, n=32", f"midus{RATES}:tokens=2400000"),
@@ -513,11 +529,14 @@ def mean_and_spread(values: list[float], digits: int = 3) -> str:
 
 
 def print_table(rows: list[Row], finals: dict[str, list[dict]], at_start: dict) -> None:
-    """A row per method; the share of what llama-pro gains is in nats."""
+    """A row per method; the share of what two copies of llama-pro gain is in nats."""
 
     def gain(method: str) -> float:
         ends = [math.log(end_of(run)) for run in finals[method]]
         return math.log(at_start["new"]) - statistics.mean(ends)
+
+    copies = [m for m in finals if m.startswith("llama-pro") and "n_new" not in m]
+    whole = gain(copies[0]) if copies else math.nan
 
     header = ["new blocks", "parameters added", "multiplications per token added", "tokens/s"]
     header += ["lr, banks", "new text", "old text", "share of llama-pro's gain", "slots ever best"]
@@ -540,7 +559,6 @@ def print_table(rows: list[Row], finals: dict[str, list[dict]], at_start: dict) 
         for kind in ("new", "old"):
             known = [end[kind] for end in ended if kind in end]
             cells.append(mean_and_spread(known) if known else "")
-        whole = gain("llama-pro") if "llama-pro" in finals else math.nan
         cells.append(f"{gain(row.method) / whole:.0%}" if math.isfinite(whole) else "")
         cells.append(" / ".join(f"{used:.0%}" for used in one.get("used", [])))
         print("| " + " | ".join(cells) + " |")
