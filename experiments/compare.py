@@ -609,8 +609,8 @@ def draw(rows: list[Row], trials: dict[str, list[dict]], path: str) -> None:
         style = ("-o", "--s", ":^", "-.D")[number % 4]
         axis.plot(old, new, style, color=colour_of(row), markersize=5)
         ends.append((old[-1], new[-1], row.words, colour_of(row)))
-    axis.set_xlabel("perplexity on the old text: what is forgotten", color=plot.INK)
-    axis.set_ylabel("perplexity on the new text: what is learned", color=plot.INK)
+    axis.set_xlabel("perplexity on the old text (lower: less is forgotten)", color=plot.INK)
+    axis.set_ylabel("perplexity on the new text (lower: more is learned)", color=plot.INK)
     plot.name_ends(axis, ends)
     plot.write_picture(figure, path)
 
