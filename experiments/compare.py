@@ -91,7 +91,7 @@ TABLES = {
     ],
     "size": [
         *(
-            Row("copies", f"{n} copied blocks", f"llama-pro:n_new={n}:lr=6e-3")
+            Row("copies", f"copied blocks: {n}", f"llama-pro:n_new={n}:lr=6e-3")
             for n in (1, 2, 3, 4)
         ),
         *(
@@ -632,7 +632,11 @@ def draw_sizes(rows: list[Row], finals: dict[str, list[dict]], path: str) -> Non
             axis.plot(x, y, style, color=colour_of(of_group[0]), markersize=5)
             ends.append((x[-1], y[-1], group, colour_of(of_group[0])))
         axis.set_xscale("log")
-        axis.set_xlabel(words, color=plot.INK)
+        low, high = axis.get_xlim()
+        ticks = [tick for tick in (1e5, 2e5, 5e5, 1e6, 2e6, 5e6) if low <= tick <= high]
+        axis.set_xticks(ticks, [f"{tick / 1e6:g}" for tick in ticks])
+        axis.minorticks_off()
+        axis.set_xlabel(f"{words}, millions", color=plot.INK)
         axis.set_ylabel(f"perplexity on the {kind} text", color=plot.INK)
         if axis in axes[1::2]:  # on the right
             plot.name_ends(axis, ends)
