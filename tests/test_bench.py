@@ -9,6 +9,7 @@ import torch
 
 import bench
 import common
+import compare
 import hml
 import plot
 import train
@@ -252,3 +253,24 @@ def test_an_error_about_a_memory_block_is_none_about_memory(capsys):
     with pytest.raises(SystemExit):
         common.run_command(main)
     assert capsys.readouterr().err == "error: a.pt has no memory blocks\n"
+
+
+@needs_matplotlib
+def test_sizes_are_drawn(monkeypatch):
+    """Two texts against two costs, a line per group through the means of seeds."""
+    rows = [compare.Row("copies", "one", "a"), compare.Row("copies", "two", "b")]
+    rows.append(compare.Row("two memory blocks", "n=16", "c"))
+    finals = {}
+    for size, row in enumerate(rows, start=1):
+        run = {"added": size * 100_000, "multiplications": size * 50_000}
+        ends = [{"new": 4.0 + size, "old": 6.0}, {"new": 5.0 + size, "old": 6.0}]
+        finals[row.method] = [{**run, "end": end} for end in ends]
+    figures = []
+    monkeypatch.setattr(plot, "write_picture", lambda figure, path: figures.append(figure))
+    compare.draw_sizes(rows, finals, "sizes.svg")
+    axes = figures[0].axes
+    assert [axis.get_ylabel()[-8:] for axis in axes] == ["new text"] * 2 + ["old text"] * 2
+    copies, memory = axes[0].lines
+    assert copies.get_xdata().tolist() == [100_000, 200_000]
+    assert copies.get_ydata().tolist() == [5.5, 6.5] and memory.get_ydata().tolist() == [7.5]
+    assert [text.get_text() for text in axes[1].texts] == ["copies", "two memory blocks"]
