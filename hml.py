@@ -369,7 +369,7 @@ def show_example() -> None:
 
 
 # ---- 5. Speed only: you may stop here ------------------------------------------------------------
-# The layer is complete.
+# The layer is complete; topk and pool ask this before they take a faster way.
 def has_numbers(tensor: Tensor) -> bool:
     """Whether numpy, or the backward below, may touch a tensor.
 

@@ -44,15 +44,7 @@ from data import (
     vocab_size,
 )
 from eval import closing_row, print_closing_table, sum_nll, verdict
-from model import (
-    GPT,
-    PRETRAINED,
-    TEXTS,
-    GPTConfig,
-    load_checkpoint,
-    open_model,
-    save_checkpoint,
-)
+from model import GPT, PRETRAINED, TEXTS, GPTConfig, load_checkpoint, open_model, save_checkpoint
 from upscale import METHODS, add_flags, given_options, set_trainable, summary, upscale
 
 # ---- Settings ------------------------------------------------------------------------------------
@@ -253,6 +245,7 @@ def refuse_contradictions(
     if settings.block_size > config.block_size:
         positions = f"the base's {config.block_size} positions"
         raise ValueError(f"--block_size {settings.block_size} is more than {positions}")
+
     # A trial on the meta device, without numbers: it refuses all that up-scaling and blocks refuse.
     with torch.device("meta"):
         model = GPT(config)

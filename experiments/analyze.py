@@ -308,8 +308,9 @@ def show_tables(model: GPT, tokens: np.ndarray, tokenizer: tiktoken.Encoding) ->
         for head, rise in enumerate(rises):
             row[f"head {head}"] = rise
         heads.append(row)
-        slots = busiest_slots(*reads_of_head(reads, block, np.argmax(rises)), tokens)
-        rows += in_words(block, np.argmax(rises), slots, tokens, tokenizer)
+        most = int(np.argmax(rises))
+        slots = busiest_slots(*reads_of_head(reads, block, most), tokens)
+        rows += in_words(block, most, slots, tokens, tokenizer)
     print_table("Rise in loss when a head of a memory is silenced, nats", heads)
     print_table("The busiest slots of each memory's most important head", rows)
     print_table("The same reads, other values", fixed_retrieval(model, batches, reads))

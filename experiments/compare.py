@@ -2,7 +2,7 @@
 When does looking up beat copying? Every method on one base, with the same batches in one order.
 
     python experiments/compare.py                       the main table (two hours on two cores)
-    python experiments/compare.py size parts longer     other tables, by name (an hour each)
+    python experiments/compare.py size parts longer     other tables, by name (up to an hour each)
     python experiments/compare.py --methods llama-pro midus:query=token:n_keys=64
 
 The base is train.py's own: a tiny GPT that has read Python's documentation (the old text). It goes
