@@ -36,7 +36,7 @@ import os
 import platform
 import statistics
 import sys
-from collections import namedtuple
+from collections import Counter, namedtuple
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor, as_completed
 
@@ -144,11 +144,23 @@ TABLES = {
             f"variant:query=token:residual=True:shared=True:n_keys=85{RATES}",
         ),
     ],
-    "pair": [  # for other texts: the rate of copies is found, others have one each
+    "query": [  # why the head query's slots fall out of use, and what its memory lacks
+        Row("parts", "attention alone", "attention:lr=3e-3"),
+        Row("memory", "head query", f"midus{RATES}"),
+        Row("memory", "head query, normalised", f"midus:query_norm=True{RATES}"),
+        Row("memory", "head query, keys six times larger", f"variant:key_scale=6.0{RATES}"),
+        Row("memory", "head query, attention kept", f"variant:residual=True{RATES}"),
+        Row("memory", "token query", f"{TOKEN}{RATES}"),
+        Row("memory", "token query, attention kept", f"variant:query=token:residual=True{RATES}"),
+        Row("memory", "query of its own", f"variant:query=own{RATES}"),
+        Row("memory", "query of its own, no attention", f"memory-alone{RATES}"),
+    ],
+    "pair": [  # for any two texts: the rate of two copies is found, others have one each
         Row("none", "no new block: blocks 2 and 4 train", "none:lr=6e-3"),
         Row("all", "solar, everything trained", "solar:n_new=2:train=all:lr=1e-3"),
         Row("copies", "llama-pro: two copies, silent at first", "llama-pro"),
         Row("copies", "four copied blocks", "llama-pro:n_new=4:lr=6e-3"),
+        Row("parts", "attention alone", "attention:lr=6e-3"),
         Row("memory", "midus, head query, 1,024 slots", f"midus{RATES}"),
         Row("memory", "midus, token query, 1,024 slots", f"{TOKEN}{RATES}"),
         Row("memory", "midus, token query, 3,721 slots", f"{TOKEN}:n_keys=61{RATES}"),
@@ -584,6 +596,9 @@ def print_trials(words: str, trials: list[dict]) -> None:
 
 
 # ---- Picture -------------------------------------------------------------------------------------
+LINES = ("-o", "--s", ":^", "-.D", "-v")
+
+
 def front(runs: list[dict]) -> list[dict]:
     """Those that no other run of the same method beats on both texts, from the least forgotten."""
     kept = []
@@ -602,15 +617,22 @@ def draw(rows: list[Row], trials: dict[str, list[dict]], path: str) -> None:
     """What each method can have of both texts, by the rates that were tried; down left is best."""
     figure, (axis,) = plot.new_figure(8.5, 5)
     ends = []
-    for number, row in enumerate(row for row in rows if trials[row.method]):
+    drawn = Counter()  # lines of each colour, told apart by their marks
+    for row in rows:
+        if not trials[row.method]:
+            continue
         runs = front(trials[row.method])
         old = [run["end"]["old"] for run in runs]
         new = [run["end"]["new"] for run in runs]
-        style = ("-o", "--s", ":^", "-.D")[number % 4]
-        axis.plot(old, new, style, color=colour_of(row), markersize=5)
-        ends.append((old[-1], new[-1], row.words, colour_of(row)))
+        colour = colour_of(row)
+        axis.plot(old, new, LINES[drawn[colour] % len(LINES)], color=colour, markersize=5)
+        drawn[colour] += 1
+        ends.append((old[-1], new[-1], row.words, colour))
     axis.set_xlabel("perplexity on the old text (lower: less is forgotten)", color=plot.INK)
     axis.set_ylabel("perplexity on the new text (lower: more is learned)", color=plot.INK)
+    arrow = {"arrowstyle": "->", "color": plot.INK}
+    corner = {"xy": (0.02, 0.03), "xytext": (0.1, 0.13), "textcoords": "axes fraction"}
+    axis.annotate("better", **corner, xycoords="axes fraction", color=plot.INK, arrowprops=arrow)
     plot.name_ends(axis, ends)
     plot.write_picture(figure, path)
 
@@ -628,8 +650,7 @@ def draw_sizes(rows: list[Row], finals: dict[str, list[dict]], path: str) -> Non
             y = [
                 statistics.mean(run["end"][kind] for run in finals[row.method]) for row in of_group
             ]
-            style = ("-o", "--s", ":^", "-.D")[number % 4]
-            axis.plot(x, y, style, color=colour_of(of_group[0]), markersize=5)
+            axis.plot(x, y, LINES[number % len(LINES)], color=colour_of(of_group[0]), markersize=5)
             ends.append((x[-1], y[-1], group, colour_of(of_group[0])))
         axis.set_xscale("log")
         low, high = axis.get_xlim()
