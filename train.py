@@ -472,7 +472,7 @@ def tokens_per_second(progress: dict, settings: Namespace) -> float:
 def describe(progress: dict, settings: Namespace, count: int) -> str:
     """A line on how far a run is; count: tokens of the validation."""
     step, loss = progress["valid"][-1]
-    line = f"step {step}/{steps_of(settings)}  validation loss {loss:.3f} on {count:,} tokens"
+    line = f"step {step}/{steps_of(settings)}  validation loss {loss:.3f} nats on {count:,} tokens"
     if step:
         line += f"  training loss {progress['losses'][-1]:.3f}"
         line += f"  {tokens_per_second(progress, settings):,.0f} tokens/s"
