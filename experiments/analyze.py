@@ -344,9 +344,8 @@ def main() -> None:
         counts = widest(model, reads, block=min(reads))
         used = int((counts > 0).sum())
         print(f"first choices: {used:,} of {counts.numel():,} slots")
-        asks = {"head": "its attention output", "token": "token and attention"}
-        title = f"a head that asks with {asks[model.config.query]}:"
-        squares[f"{title}\n{used:,} of {counts.numel():,} slots are ever its first choice"] = counts
+        title = f"{model.config.query} query: {used:,} of {counts.numel():,} slots"
+        squares[f"{title}\nare ever the first choice of this head"] = counts
     if args.slots:
         draw_slots(squares, args.slots)
 

@@ -65,7 +65,7 @@ USAGE_TOKENS = 100_000  # of the new text, over which slots in use are counted
 Row = namedtuple("Row", ("group", "words", "method"))
 
 # A copied block with a memory for its FFN, one bank for all, keys that start three times larger.
-LITERAL = "variant:query=token:residual=True:shared=True:key_scale=3.0"
+HYBRID = "variant:query=token:residual=True:shared=True:key_scale=3.0"
 TOKEN = "midus:query=token"
 RATES = ":lr=3e-3:memory_lr=0.1"  # train.py's own
 TABLES = {
@@ -84,7 +84,7 @@ TABLES = {
         Row("memory", "midus, token query, 1,024 slots", "midus:query=token"),
         Row("memory", "midus, token query, 3,721 slots", "midus:query=token:n_keys=61"),
         Row("memory", "midus, token query, 16,384 slots", "midus:query=token:n_keys=128"),
-        Row("memory", "memory for the FFN of a copy, 7,225 slots", f"{LITERAL}:n_keys=85"),
+        Row("memory", "hybrid, 7,225 slots", f"{HYBRID}:n_keys=85"),
         Row("all", "solar, everything trained", "solar:n_new=2:train=all"),
         Row("all", "stack, everything trained", "stack:n_new=2:train=all"),
         Row("all", "lesa, everything trained", "lesa:n_new=2:train=all"),
@@ -127,7 +127,7 @@ TABLES = {
         Row("add", "one W", f"variant:query=token:values=one-w:n_keys=62{RATES}"),
         Row("add", "head tables", f"variant:query=token:values=head-tables:n_keys=31{RATES}"),
         Row("add", "d_v=16, n=88", f"variant:query=token:d_latent=16:n_keys=88{RATES}"),
-        Row("leave", "all three, n=85", f"{LITERAL}:n_keys=85{RATES}"),
+        Row("leave", "all three, n=85", f"{HYBRID}:n_keys=85{RATES}"),
         Row(
             "leave",
             "attention not kept",
@@ -170,7 +170,7 @@ TABLES = {
             "token query, one bank, larger keys, 7,225 slots",
             f"variant:query=token:shared=True:key_scale=3.0:n_keys=85{RATES}",
         ),
-        Row("memory", "memory for the FFN of a copy, 7,225 slots", f"{LITERAL}:n_keys=85{RATES}"),
+        Row("memory", "hybrid, 7,225 slots", f"{HYBRID}:n_keys=85{RATES}"),
     ],
     "longer": [
         Row("copies", "llama-pro", "llama-pro:lr=6e-3:tokens=2400000"),
