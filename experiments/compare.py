@@ -736,6 +736,9 @@ def main() -> None:
     jobs = args.jobs or (os.cpu_count() if device.type == "cpu" else 1)
     results = Results(args.results, args.stale)
     print(f"{len(first)} methods on {settings.base}, {jobs} runs at a time, kept in {args.results}")
+    if results.runs and not any(run["base"] == named for run in results.runs):
+        # Another machine trains a base that differs in its last bits, and so do all runs on it.
+        print(f"the {len(results.runs)} runs in it are on other bases than yours; none is read")
     with ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn")) as pool:
 
         def make_them(runs: list[dict]) -> None:

@@ -112,6 +112,17 @@ def test_a_changed_method_is_made_anew_or_read_as_stale(study, monkeypatch, caps
     assert len(lines()) > count
 
 
+def test_runs_on_another_base_are_not_read(study, monkeypatch, capsys):
+    assert call(monkeypatch, "compare.py", *SHORT) == 0
+    others = [dict(run, base="of another machine") for run in lines()]
+    with open("results.jsonl", "w") as file:
+        file.writelines(json.dumps(run) + "\n" for run in others)
+    capsys.readouterr()
+    assert call(monkeypatch, "compare.py", *SHORT) == 0
+    assert f"the {len(others)} runs in it are on other bases" in capsys.readouterr().out
+    assert len(lines()) == 2 * len(others)
+
+
 def test_a_changed_text_is_another_run(study, monkeypatch):
     """Whichever split has changed: test.txt of the old text too."""
     assert call(monkeypatch, "compare.py", *SHORT) == 0
