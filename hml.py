@@ -179,7 +179,8 @@ class ProductKeys(nn.Module):
     Nothing makes a head use all its slots. If its outputs for different tokens are alike, they read
     the same few slots; the other keys get no gradient, so nothing moves them to where they would
     win, and entries that no head reads stay untrained. That is *slot collapse*; eval.py counts the
-    slots in use.
+    slots in use. We saw it where a head's output alone is the query, and hardly where the query
+    holds the token, too, or where attention also has a branch of its own (experiments/README.md).
     """
 
     def __init__(
