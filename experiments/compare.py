@@ -596,7 +596,7 @@ def print_trials(words: str, trials: list[dict]) -> None:
 
 
 # ---- Picture -------------------------------------------------------------------------------------
-LINES = ("-o", "--s", ":^", "-.D", "-v")
+LINES = ("-o", "--s", ":^", "-.D", "-v")  # dashes and marks that tell lines of a colour apart
 
 
 def front(runs: list[dict]) -> list[dict]:
@@ -617,7 +617,7 @@ def draw(rows: list[Row], trials: dict[str, list[dict]], path: str) -> None:
     """What each method can have of both texts, by the rates that were tried; down left is best."""
     figure, (axis,) = plot.new_figure(8.5, 5)
     ends = []
-    drawn = Counter()  # lines of each colour, told apart by their marks
+    drawn = Counter()  # lines of each colour so far
     for row in rows:
         if not trials[row.method]:
             continue
@@ -630,9 +630,15 @@ def draw(rows: list[Row], trials: dict[str, list[dict]], path: str) -> None:
         ends.append((old[-1], new[-1], row.words, colour))
     axis.set_xlabel("perplexity on the old text (lower: less is forgotten)", color=plot.INK)
     axis.set_ylabel("perplexity on the new text (lower: more is learned)", color=plot.INK)
-    arrow = {"arrowstyle": "->", "color": plot.INK}
-    corner = {"xy": (0.02, 0.03), "xytext": (0.1, 0.13), "textcoords": "axes fraction"}
-    axis.annotate("better", **corner, xycoords="axes fraction", color=plot.INK, arrowprops=arrow)
+    axis.annotate(
+        "better",
+        xy=(0.02, 0.03),
+        xycoords="axes fraction",
+        xytext=(0.1, 0.13),
+        textcoords="axes fraction",
+        color=plot.INK,
+        arrowprops={"arrowstyle": "->", "color": plot.INK},
+    )
     plot.name_ends(axis, ends)
     plot.write_picture(figure, path)
 
@@ -736,8 +742,9 @@ def main() -> None:
     jobs = args.jobs or (os.cpu_count() if device.type == "cpu" else 1)
     results = Results(args.results, args.stale)
     print(f"{len(first)} methods on {settings.base}, {jobs} runs at a time, kept in {args.results}")
+
+    # Another machine trains a base that differs a little, and so do all runs on it.
     if results.runs and not any(run["base"] == named for run in results.runs):
-        # Another machine trains a base that differs in its last bits, and so do all runs on it.
         print(f"the {len(results.runs)} runs in it are on other bases than yours; none is read")
     with ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn")) as pool:
 
