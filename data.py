@@ -1,18 +1,18 @@
 """
 Text -> tokens -> batches.
 
-Datasets:
+Data sets:
     pydocs          the English that ships with every Python; no download
     pycode          the code of its standard library, without the docstrings; no download
-    wikitext103     raw text, 192 MB zipped; downloaded and checked, or from files of your own
+    wikitext103     raw text, 192 MB zipped; downloaded and checked
     wikitext2-raw   the same form, 5 MB
     wikitext2       word-level form, rare words as <unk>, 4 MB
-    text            your own train.txt, valid.txt and test.txt
+    a folder        your own train.txt, valid.txt and test.txt
 
 Tokenizers, all through tiktoken: gpt2, gpt2:N (the first N of its merges), bytes.
 
-What is made under `data_dir` can be deleted at any time. A split has to fit in memory as text,
-once. In order: tokenizers, where the text is, tokens, batches. Shape names: see hml.py.
+Downloads and caches lie in `data_dir`, and can be deleted at any time. A split has to fit in memory
+as text, once. In order: tokenizers, where the text is, tokens, batches. Shape names: see hml.py.
 """
 
 import ast
@@ -34,7 +34,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from common import data_folder, download, file_sha256, written_whole
+from common import download, file_sha256, written_whole
 
 SPLITS = ("train", "valid", "test")
 
@@ -56,14 +56,6 @@ def vocab_size(tokenizer: str) -> int:
         names = "gpt2, gpt2:N with N from 256 to 50256, or bytes"
         raise ValueError(f"tokenizer must be {names}; not {tokenizer!r}")
     return int(size[1]) + 1
-
-
-def check_vocabulary(tokenizer: str, model_vocab_size: int) -> None:
-    """Raises ValueError if the tokenizer has ids that the model has no embedding for."""
-    size = vocab_size(tokenizer)
-    if size > model_vocab_size:
-        sizes = f"{size} tokens, the model {model_vocab_size}"
-        raise ValueError(f"the model has fewer tokens than its tokenizer: {tokenizer} has {sizes}")
 
 
 @lru_cache
@@ -95,35 +87,9 @@ def load_tokenizer(name: str) -> tiktoken.Encoding:
 
 
 # ---- Where the text is ---------------------------------------------------------------------------
-# What a data set is called inside its zip, and where the zip is to be had.
-Archive = namedtuple("Archive", ("folder", "ending", "urls", "sha256"))
-
-WIKITEXT = {
-    "wikitext103": Archive(
-        folder="wikitext-103-raw",
-        ending="raw",
-        urls=[
-            "https://huggingface.co/datasets/mattdangerw/wikitext-103-raw/resolve/"
-            "3555105b17ae31cc619a136fac72dbe2865c3738/wikitext-103-raw-v1.zip",
-            "https://wikitext.smerity.com/wikitext-103-raw-v1.zip",
-        ],
-        sha256="91c00ae287f0d699e18605c84afc9e45c192bc6b7797ff8837e5474655a33794",
-    ),
-    "wikitext2": Archive(
-        folder="wikitext-2",
-        ending="tokens",
-        urls=["https://wikitext.smerity.com/wikitext-2-v1.zip"],
-        sha256="92675f1d63015c1c8b51f1656a52d5bdbc33aafa60cc47a218a66e7ee817488c",
-    ),
-    "wikitext2-raw": Archive(
-        folder="wikitext-2-raw",
-        ending="raw",
-        urls=["https://wikitext.smerity.com/wikitext-2-raw-v1.zip"],
-        sha256="ef7edb566e3e2b2d31b29c1fdb0c89a4cc683597484c3dc2517919c615435a11",
-    ),
-}
-AT_HOME = ("pydocs", "pycode", "text")  # these need no download
-DATASETS = (*AT_HOME, *WIKITEXT)
+# Every data set has a function here that returns its files, {split: (file, member)}, and makes or
+# downloads them if they are not there. member is a name inside a zip, or None for a plain file.
+Files = dict[str, tuple[str, str | None]]
 
 
 def split_prose_from_code(path: str) -> tuple[str, str]:
@@ -155,7 +121,7 @@ def split_prose_from_code(path: str) -> tuple[str, str]:
 
 
 def write_splits(documents: dict[str, str], folder: str) -> None:
-    """Writes wiki.{train,valid,test}.txt into folder. documents: texts by name."""
+    """Writes train.txt, valid.txt and test.txt into folder. documents: texts by name."""
     # A checksum of its name picks a document's split, one in 20 each for valid and test, so that
     # nothing depends on the order of directories, and a module's prose and code go the same way.
     texts = {split: [] for split in SPLITS}
@@ -167,12 +133,12 @@ def write_splits(documents: dict[str, str], folder: str) -> None:
     # Each file is written whole: another run may be looking for it.
     os.makedirs(folder, exist_ok=True)
     for split, parts in texts.items():
-        with written_whole(os.path.join(folder, f"wiki.{split}.txt")) as temporary:
+        with written_whole(os.path.join(folder, f"{split}.txt")) as temporary:
             with open(temporary, "wb") as file:
                 file.write(("\n\n".join(parts) + "\n").encode())
 
 
-def build_library(data_dir: str, version: str) -> None:
+def build_library(prose_folder: str, code_folder: str) -> None:
     """Writes both data sets that this Python brings along: its prose and its code."""
     # A document is a topic of the language reference, or a module of the standard library.
     prose = {f"topic {name}": text for name, text in topics.items()}
@@ -190,84 +156,103 @@ def build_library(data_dir: str, version: str) -> None:
         # pydoc_data holds the reference itself; encodings are tables, much alike in all splits.
         if not name.startswith(("pydoc_data/", "encodings/")):
             code[name] = lines
-    write_splits(prose, os.path.join(data_dir, f"pydocs-{version}"))
-    write_splits(code, os.path.join(data_dir, f"pycode-{version}"))
+    write_splits(prose, prose_folder)
+    write_splits(code, code_folder)
 
 
-def find_source(name: str, split: str, data_dir: str) -> tuple[str, str | None]:
-    """(file, member): where a split's text is; member is its name inside a zip, None for a file.
+def python_files(name: str, data_dir: str) -> Files:
+    """pydocs or pycode of the Python that runs; another version has other texts."""
+    version = platform.python_version()
+    folders = {kind: os.path.join(data_dir, f"{kind}-{version}") for kind in ("pydocs", "pycode")}
+    files = {split: (os.path.join(folders[name], f"{split}.txt"), None) for split in SPLITS}
+    if not all(os.path.exists(path) for path, _ in files.values()):
+        build_library(folders["pydocs"], folders["pycode"])
+    return files
 
-    Your own wiki.{train,valid,test}.{raw,tokens} in data_dir come before a download. Raises
-    ValueError for an unknown dataset, OSError if there is neither file nor network.
-    """
-    # What this Python brings along; another version has other texts.
-    if name in ("pydocs", "pycode"):
-        version = platform.python_version()
-        path = os.path.join(data_dir, f"{name}-{version}", f"wiki.{split}.txt")
-        if not os.path.exists(path):
-            build_library(data_dir, version)
-        return path, None
 
-    # Your own text, whatever it is.
-    if name == "text":
-        path = os.path.join(data_dir, f"{split}.txt")
-        if not os.path.exists(path):
-            wanted = ", ".join(f"{split}.txt" for split in SPLITS)
-            raise ValueError(f"there is no {path}; --dataset text reads {wanted} in --data_dir")
-        return path, None
+# What a data set is called inside its zip, and where the zip is to be had.
+Archive = namedtuple("Archive", ("folder", "ending", "urls", "sha256"))
 
-    if name not in WIKITEXT:
-        raise ValueError(f"dataset must be one of {', '.join(DATASETS)}; not {name!r}")
+WIKITEXT = {
+    "wikitext103": Archive(
+        folder="wikitext-103-raw",
+        ending="raw",
+        urls=[
+            "https://huggingface.co/datasets/mattdangerw/wikitext-103-raw/resolve/"
+            "3555105b17ae31cc619a136fac72dbe2865c3738/wikitext-103-raw-v1.zip",
+            "https://wikitext.smerity.com/wikitext-103-raw-v1.zip",
+        ],
+        sha256="91c00ae287f0d699e18605c84afc9e45c192bc6b7797ff8837e5474655a33794",
+    ),
+    "wikitext2": Archive(
+        folder="wikitext-2",
+        ending="tokens",
+        urls=["https://wikitext.smerity.com/wikitext-2-v1.zip"],
+        sha256="92675f1d63015c1c8b51f1656a52d5bdbc33aafa60cc47a218a66e7ee817488c",
+    ),
+    "wikitext2-raw": Archive(
+        folder="wikitext-2-raw",
+        ending="raw",
+        urls=["https://wikitext.smerity.com/wikitext-2-raw-v1.zip"],
+        sha256="ef7edb566e3e2b2d31b29c1fdb0c89a4cc683597484c3dc2517919c615435a11",
+    ),
+}
 
-    # Your own files come first.
+
+def wikitext_files(name: str, data_dir: str) -> Files:
+    """WikiText from wiki.{train,valid,test}.{raw,tokens} in data_dir, or else from its zip."""
     archive = WIKITEXT[name]
-    own = os.path.join(data_dir, f"wiki.{split}.{archive.ending}")
-    if os.path.exists(own):
-        return own, None
+    members = {split: f"wiki.{split}.{archive.ending}" for split in SPLITS}
+    own = {split: os.path.join(data_dir, member) for split, member in members.items()}
+    if all(os.path.exists(path) for path in own.values()):
+        return {split: (path, None) for split, path in own.items()}
 
     # Else the archive is downloaded, once.
-    wanted = ", ".join(f"wiki.{split}.{archive.ending}" for split in SPLITS)
     hint = (
-        f"Without network, put {wanted} into {data_dir} (--data_dir), or use --dataset pycode, "
-        "which needs no download."
+        f"Without network, put {', '.join(members.values())} into {data_dir} (--data_dir), or use "
+        "--dataset pycode, which needs no download."
     )
     path = os.path.join(data_dir, os.path.basename(archive.urls[0]))
     download(archive.urls, path, archive.sha256, hint)
-    return path, f"{archive.folder}/wiki.{split}.{archive.ending}"
+    return {split: (path, f"{archive.folder}/{member}") for split, member in members.items()}
 
 
-def is_at_hand(name: str, data_dir: str) -> bool:
-    """Whether a dataset can be read without a download."""
-    if name not in DATASETS:
-        raise ValueError(f"dataset must be one of {', '.join(DATASETS)}; not {name!r}")
-    if name == "text":
-        return os.path.exists(os.path.join(data_dir, "valid.txt"))
-    if name in AT_HOME:
-        return True
-    archive = WIKITEXT[name]
-    own = f"wiki.valid.{archive.ending}"
-    downloaded = os.path.basename(archive.urls[0])
-    return any(os.path.exists(os.path.join(data_dir, file)) for file in (own, downloaded))
+DATASETS = {
+    "pydocs": python_files,
+    "pycode": python_files,
+    "wikitext103": wikitext_files,
+    "wikitext2": wikitext_files,
+    "wikitext2-raw": wikitext_files,
+}
+
+
+def find_files(name: str, data_dir: str) -> Files:
+    """The three files of a data set in the table, or of a folder (one called like a data set is
+    ./pycode). Raises ValueError if it is neither, OSError if a download fails.
+    """
+    if name in DATASETS:
+        return DATASETS[name](name, data_dir)
+    files = {split: (os.path.join(name, f"{split}.txt"), None) for split in SPLITS}
+    for path, _ in files.values():
+        if not os.path.isfile(path):
+            known = ", ".join(DATASETS)
+            raise ValueError(f"there is no {path}; a data set is one of {known}, or a folder")
+    return files
 
 
 def read_text(path: str, member: str | None) -> str:
-    """The text at a place that find_source() names. Raises ValueError if there is none."""
-    # Plain files and members of a zip read alike. Windows' line ends become ours.
-    try:
-        with open(path, "rb") if member is None else zipfile.ZipFile(path).open(member) as file:
-            content = file.read()
-        text = content.decode("utf-8-sig")  # a byte-order mark is dropped
-    except (UnicodeDecodeError, KeyError, zipfile.BadZipFile) as error:
-        what = member or "a split"
-        raise ValueError(f"{path} does not hold {what} as UTF-8 text: {error}") from error
+    """The text of a file, or of a member of a zip. Raises ValueError if there is none."""
+    # A byte-order mark is dropped, and Windows' line ends become ours.
+    with open(path, "rb") if member is None else zipfile.ZipFile(path).open(member) as file:
+        text = file.read().decode("utf-8-sig").replace("\r\n", "\n")
     if not text.strip():
-        raise ValueError(f"{path} is empty{f' in {member}' if member else ''}; a split needs text")
-    return text.replace("\r\n", "\n")
+        raise ValueError(f"{path} is empty; a split needs text")
+    return text
 
 
 # ---- Tokens --------------------------------------------------------------------------------------
-# One split, tokenized. tokens: a memory map; identity: a hash of the text and the tokenizer.
-Split = namedtuple("Split", ("tokens", "identity"))
+# One split, tokenized. tokens: a memory map; fingerprint: a hash of the text and the tokenizer.
+Split = namedtuple("Split", ("tokens", "fingerprint"))
 
 
 def encode(text: str, tokenizer: tiktoken.Encoding, desc: str) -> np.ndarray:
@@ -292,41 +277,31 @@ def encode(text: str, tokenizer: tiktoken.Encoding, desc: str) -> np.ndarray:
     return np.concatenate(ids)
 
 
-def load_split(name: str, split: str, tokenizer: str, data_dir: str) -> Split:
-    """One split as tokens; they are made once, and kept in data_dir."""
-    # The name of the cache holds a hash of all that shapes the tokens, so it is never stale.
-    path, member = find_source(name, split, data_dir)
-    everything = repr((file_sha256(path), member, tokenizer))
-    identity = hashlib.sha256(everything.encode()).hexdigest()[:16]
-    stem = tokenizer.replace(":", "-")
-    cache = os.path.join(data_dir, f"{name}-{split}-{stem}-{identity}.npy")
-    if not os.path.exists(cache):
-        text = read_text(path, member)
-        tokens = encode(text, load_tokenizer(tokenizer), f"tokenizing {name} {split}")
-        with written_whole(cache) as temporary, open(temporary, "wb") as file:
-            np.save(file, tokens)
+def load_dataset(name: str, tokenizer: str, data_dir: str = "data") -> dict[str, Split]:
+    """The three splits of a data set as tokens, which are made once and kept in data_dir.
 
-    # A wrong length, or an id outside the vocabulary, means damage.
-    try:
-        tokens = np.load(cache, mmap_mode="r")
-        if tokens.max() >= vocab_size(tokenizer):
-            raise ValueError
-    except (ValueError, EOFError):
-        raise ValueError(f"{cache} is damaged; delete it, and it is made again") from None
-    return Split(tokens, identity)
-
-
-def load_dataset(
-    name: str, tokenizer: str, data_dir: str = "data", splits: tuple[str, ...] = SPLITS
-) -> dict[str, Split]:
-    """The splits asked for, by name ("train", "valid", "test").
-
-    Raises ValueError, ArgumentTypeError or OSError, one sentence each.
+    name: a name in DATASETS, or a folder. Raises ValueError or OSError, one sentence each.
     """
-    # What can be refused comes before any download.
-    vocab_size(tokenizer)
-    data_folder(data_dir)
-    return {split: load_split(name, split, tokenizer, data_dir) for split in splits}
+    vocab_size(tokenizer)  # refuses an unknown one before any download
+    splits = {}
+    for split, (path, member) in find_files(name, data_dir).items():
+        # An archive was checked when it was found; hashing it for each split would take seconds.
+        sha256 = WIKITEXT[name].sha256 if member else file_sha256(path)
+        everything = repr((sha256, member, tokenizer))
+        fingerprint = hashlib.sha256(everything.encode()).hexdigest()[:16]
+
+        # The name of the cache holds a hash of all that shapes the tokens, so it is never stale.
+        label = name if name in DATASETS else "text"
+        stem = tokenizer.replace(":", "-")
+        cache = os.path.join(data_dir, f"{label}-{split}-{stem}-{fingerprint}.npy")
+        if not os.path.exists(cache):
+            text = read_text(path, member)
+            tokens = encode(text, load_tokenizer(tokenizer), f"tokenizing {name} {split}")
+            os.makedirs(data_dir, exist_ok=True)
+            with written_whole(cache) as temporary, open(temporary, "wb") as file:
+                np.save(file, tokens)
+        splits[split] = Split(np.load(cache, mmap_mode="r"), fingerprint)
+    return splits
 
 
 # ---- Batches -------------------------------------------------------------------------------------
