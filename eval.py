@@ -1,9 +1,9 @@
 """
 What checkpoints are worth: one table, a row for each model.
 
-    python eval.py data/base-*.pt ckpt.pt       test splits of what they learned and of what they knew
-    python eval.py gpt2 --stride 512            published GPT-2 on WikiText-103, overlapping windows
-    python eval.py ckpt.pt --prompt "def "      samples instead
+    python eval.py data/base-*.pt ckpt.pt     on test splits of what they learned and what they knew
+    python eval.py gpt2 --stride 512          published GPT-2 on WikiText-103, overlapping windows
+    python eval.py ckpt.pt --prompt "def "    samples instead
 
 A model is asked to predict every token of a text from those before it. NLL, the negative
 log-likelihood, is the sum of its surprise in nats. What it is divided by gives it a name:
@@ -87,7 +87,9 @@ def sum_nll(
 def perplexity(nll: float, count: int) -> float:
     """exp(nll / count). Raises FloatingPointError if the model has gone wrong: NaN or infinite."""
     if not nll / count < 700:  # no float holds more; NaN is not less either
-        raise FloatingPointError("the perplexity is infinite or NaN: the model's weights are spoilt")
+        raise FloatingPointError(
+            "the perplexity is infinite or NaN: the model's weights are spoilt"
+        )
     return math.exp(nll / count)
 
 
@@ -129,7 +131,9 @@ def count_usage(model: GPT) -> Iterator[dict[int, dict[str, Tensor]]]:
     counts = {}
     for i, block in enumerate(model.h):
         if hasattr(block, "memory"):
-            zero = torch.zeros(model.config.n_head, len(block.memory.hive.bank), dtype=torch.float64)
+            zero = torch.zeros(
+                model.config.n_head, len(block.memory.hive.bank), dtype=torch.float64
+            )
             counts[i] = {"top1": zero.clone(), "topk": zero.clone(), "weight": zero.clone()}
 
     def see(block: int, weights: Tensor, slots: Tensor) -> None:

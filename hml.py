@@ -19,11 +19,12 @@ pre-training. The new blocks are usually copies of old ones. MIDUS inserts memor
         +<-------+ sum
         v
 
-So HML stands in the place of W_O *and* of the second LayerNorm and the FFN. One memory block goes
-inside every pair of transformer blocks, so a stack of 12 gets 6: retrieval is spread over the whole
-depth, and what a memory block adds is always worked on by a transformer block before the next
-memory is asked. This file is the box HML on the right; model.py has both blocks around it. The
-long line from x to the sum, the residual connection, is the block's and not the layer's.
+So HML stands in the place of W_O *and* of the second LayerNorm and the FFN. A stack of 12 blocks is
+cut into 6 pairs, and one memory block goes into the middle of each: T M T | T M T | ... So
+retrieval is spread over the whole depth, and no memory block is the last: what it adds is always
+worked on by a transformer block. This file is the box HML on the right; model.py has both blocks
+around it. The long line from x to the sum, the residual connection, is the block's and not the
+layer's.
 
 Shape names, the same in every file:
     B    batch                     n    rows, and columns, of the grid of slots (n_keys)
@@ -81,11 +82,15 @@ What a memory block costs in GPT-2 124M (C=768, H=12) with n=128, k=16, d_v=64:
 
 What an FFN has and HML has not: it mixes features across the whole width C, and puts a
 nonlinearity on them. In HML heads never mix, and the only nonlinear step is the choice of slots
-with its softmax. Left out on purpose: a query projection (the head's output *is* the query),
-1/sqrt(d) on scores (keys start that small), an output projection or gate.
+with its softmax. Left out on purpose: a query projection (what comes in *is* the query), 1/sqrt(d)
+on scores (keys start that small), an output projection or gate.
+
+What comes in is not always a head's output. model.py can also ask with the head's slice of the
+stream after attention: the token query. In our study it works better (experiments/README.md).
 
 What is not known, since the paper was not at hand in full: whether queries are normalised; how W_h
-starts; whether anything follows the sum of heads; which sizes were used at which width.
+starts; whether anything follows the joined values of the heads; which sizes were used at which
+width; whether a memory block copies from the block on its left.
 """
 
 import warnings
@@ -103,14 +108,10 @@ from torch import Tensor, nn
 def topk(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """The k largest of scores (..., n), best first: values and places, both (..., k).
 
-    The same as scores.topk(k), except for the order of ties.
+    The same as scores.topk(k), but of equal scores it may take another one.
     """
-    # For short lists on a CPU, such as the example's, numpy's sort takes a third to a half of the
-    # time of torch's topk. What numpy cannot read, such as traced code or bf16, goes the other way;
-    # has_numbers() is in section 5.
-    short = scores.size(-1) <= 256
-    for_numpy = short and scores.device.type == "cpu" and scores.dtype == torch.float32
-    if for_numpy and not torch.compiler.is_compiling() and has_numbers(scores):
+    # On a CPU numpy's sort takes a third to a half of the time of torch's topk.
+    if is_short_list_on_cpu(scores):  # section 5
         order = np.argsort(scores.detach().numpy(), axis=-1)  # (..., n), worst first
         places = torch.from_numpy(order[..., -k:]).flip(-1)  # (..., k), best first
     else:
@@ -159,7 +160,7 @@ def product_key_topk(row_scores: Tensor, col_scores: Tensor, k: int) -> tuple[Te
     _, winners = topk(sums, k)  # (..., k), numbers of pairs  [0, 1]
 
     # A winning pair names a rank among the rows and one among the columns. The scores are the same
-    # sums, made once more from the winners alone, which makes their gradient cheap.
+    # sums, made once more from the winners alone: so their gradient is k numbers, not P.
     row_ranks = i[winners]  # (..., k)  [0, 0]
     col_ranks = j[winners]  # (..., k)  [0, 1]
     scores = row_best.gather(-1, row_ranks) + col_best.gather(-1, col_ranks)  # (..., k)  [9, 8]
@@ -173,22 +174,18 @@ class ProductKeys(nn.Module):
 
     keys (2, H, n, d_h/2): for each head n row halves, then n column halves. The N keys of width d_h
     that they make are never built. Only keys that win get a gradient. They start as
-    U(+-(d_h/2)^-0.5) [Lample et al.]. query_norm is a switch of ours, off by default; whether the
-    paper normalises queries is not known.
+    U(+-(d_h/2)^-0.5) [Lample et al.].
 
-    Nothing makes a head use all its slots. If its outputs for different tokens are alike, they read
+    Nothing makes a head use all its slots. If its queries for different tokens are alike, they read
     the same few slots; the other keys get no gradient, so nothing moves them to where they would
-    win, and entries that no head reads stay untrained. That is *slot collapse*; eval.py counts the
-    slots in use. We saw it where a head's output alone is the query, and hardly where the query
-    holds the token, too, or where attention also has a branch of its own (experiments/README.md).
+    win, and entries that no head reads stay untrained. That is *slot collapse*. eval.py counts the
+    slots in use: of 1,024 an average head of ours uses about 800 after training if it is healthy,
+    as with the token query, and about 150 if it has collapsed, as with its own output alone.
     """
 
-    def __init__(
-        self, n_head: int, head_dim: int, n_keys: int, top_k: int, query_norm: bool = False
-    ):
+    def __init__(self, n_head: int, head_dim: int, n_keys: int, top_k: int):
         super().__init__()
         self.top_k = top_k
-        self.query_norm = query_norm
         bound = (head_dim // 2) ** -0.5
         keys = torch.empty(2, n_head, n_keys, head_dim // 2)
         self.keys = nn.Parameter(keys.uniform_(-bound, bound))
@@ -198,12 +195,8 @@ class ProductKeys(nn.Module):
         # In fp32 under autocast too. With scores in bf16, 6.5 to 6.7% of the sets of k=8 slots
         # would differ, on the queries of the README's first run (bench.py --checkpoint).
         with torch.autocast(query.device.type, enabled=False):
-            query = query.float()
-            if self.query_norm:
-                query = F.layer_norm(query, query.shape[-1:])  # (B, T, H, d_h), no learned weights
-
             # Each half of the query against the halves of keys that are for it.
-            q1, q2 = query.chunk(2, dim=-1)  # each (B, T, H, d_h/2)
+            q1, q2 = query.float().chunk(2, dim=-1)  # each (B, T, H, d_h/2)
             row_halves, col_halves = self.keys.float()  # each (H, n, d_h/2)
             row_scores = torch.einsum("bthd,hnd->bthn", q1, row_halves)  # (B, T, H, n)
             col_scores = torch.einsum("bthd,hnd->bthn", q2, col_halves)  # (B, T, H, n)
@@ -221,16 +214,12 @@ def pool(weights: Tensor, slots: Tensor, bank: Tensor) -> Tensor:
     """weights, slots (B, T, H, k), bank (N, d_v) -> z = sum of weight * entry, (B, T, H, d_v).
 
     The same as (weights.unsqueeze(-1) * F.embedding(slots, bank)).sum(-2), without the copy of k
-    entries for every read. On a CPU the last section of this file has a faster backward.
+    entries for every read.
     """
-    compiling = torch.compiler.is_compiling()
-    if not compiling and not has_numbers(weights):
-        return (weights.unsqueeze(-1) * F.embedding(slots, bank)).sum(-2)  # (B, T, H, d_v)
-
     # A bag is a read: the k entries of one token and head, summed as they are fetched.
     flat_weights = weights.flatten(0, 2)  # (R, k) with R = B * T * H reads
     flat_slots = slots.flatten(0, 2)  # (R, k)
-    if slots.device.type == "cpu" and not compiling:
+    if is_short_list_on_cpu(weights):  # section 5: the same, with a faster backward
         z = PoolForCPU.apply(flat_weights, flat_slots, bank)  # (R, d_v)
     else:
         z = F.embedding_bag(flat_slots, bank, per_sample_weights=flat_weights, mode="sum")
@@ -241,9 +230,10 @@ class HIVE(nn.Module):
     """Head-wise implicit value expansion: bank entries that a head found -> that head's values.
 
     bank (N, d_v) is shared by all heads; proj (H, d_v, d_h) holds one W_h per head. Head h reads as
-    if it owned the value table bank @ W_h, (N, d_h) of rank d_v at most. That table is never built:
-    summing the k entries first and projecting the sum is the same, since both are linear. For GPT-2
-    (H=12, n=128, d_v=64) this stores 1.10M numbers instead of 12.58M.
+    if it owned the value table bank @ W_h, (N, d_h); the tables of all heads are one table seen
+    through H small matrices. They are never built: summing the k entries first and projecting the
+    sum is the same, since both are linear. For GPT-2 (H=12, n=128, d_v=64) this stores 1.10M
+    numbers instead of 12.58M.
 
     The bank gets no weight decay in training (train.py): decay shrinks all entries at every step,
     but only entries that are read get a gradient to restore them.
@@ -279,24 +269,13 @@ class HeadwiseMemory(nn.Module):
     sum of weight * entry @ W_h, and each factor's gradient contains the other two. So at step 0
     only the bank has one: every other gradient has a factor `entry`, which is still zero.
 
-    Why no other start? Bank and W_h both at zero: neither would ever get a gradient. W_h alone:
-    once it has moved, an entry read for the first time adds its random start to the output; a zero
-    entry adds nothing.
+    Why no other start? With bank and W_h both at zero neither would ever get a gradient. With W_h
+    at zero and a random bank, once W_h has moved, an entry that is read for the first time adds its
+    random start to the output; a zero entry adds nothing.
     """
 
-    def __init__(
-        self,
-        n_head: int,
-        head_dim: int,
-        n_keys: int,
-        top_k: int,
-        d_latent: int,
-        query_norm: bool = False,
-    ):
+    def __init__(self, n_head: int, head_dim: int, n_keys: int, top_k: int, d_latent: int):
         super().__init__()
-        if min(n_head, n_keys, d_latent) < 1:
-            raise ValueError("n_head, n_keys and d_latent must be at least 1")
-
         # Product keys cut the query in two halves.
         if head_dim < 2 or head_dim % 2:
             raise ValueError(f"the head width must be even, not {head_dim}")
@@ -307,7 +286,7 @@ class HeadwiseMemory(nn.Module):
 
         self.n_head = n_head
         self.head_dim = head_dim
-        self.product_keys = ProductKeys(n_head, head_dim, n_keys, top_k, query_norm)
+        self.product_keys = ProductKeys(n_head, head_dim, n_keys, top_k)
         self.hive = HIVE(n_head, head_dim, n_keys * n_keys, d_latent)
 
     def read(self, heads: Tensor) -> tuple[Tensor, Tensor]:
@@ -370,18 +349,12 @@ def show_example() -> None:
 
 
 # ---- 5. Speed only: you may stop here ------------------------------------------------------------
-# The layer is complete; topk and pool ask this before they take a faster way.
-def has_numbers(tensor: Tensor) -> bool:
-    """Whether numpy, or the backward below, may touch a tensor.
-
-    Not if it is traced, fake, empty, inside torch.func, or on a device that nobody has tried.
-    """
-    if torch.jit.is_tracing() or type(tensor) not in (Tensor, nn.Parameter):
-        return False
-    try:
-        return tensor.device.type in ("cpu", "cuda") and tensor.data_ptr() != 0
-    except RuntimeError:  # torch.func's tensors have no address
-        return False
+# The layer is complete. On a CPU topk and pool take a faster way for what this lets pass: numpy
+# cannot read bf16 or what is being compiled, and for long lists it is no faster.
+def is_short_list_on_cpu(numbers: Tensor) -> bool:
+    """Whether numbers (..., n) are in fp32 on a CPU, at most 256 in a list, and not compiled."""
+    on_cpu = numbers.device.type == "cpu" and numbers.dtype == torch.float32
+    return on_cpu and numbers.size(-1) <= 256 and not torch.compiler.is_compiling()
 
 
 # embedding_bag has a backward of its own, which takes longer on a CPU: a training step of this

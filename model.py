@@ -316,7 +316,9 @@ def save_checkpoint(path: str, model: GPT, **info) -> None:
         twin = GPT(model.config)
     ours, theirs = ({n: p.shape for n, p in m.named_parameters()} for m in (model, twin))
     if ours != theirs:
-        names = ", ".join(sorted(name for name in ours | theirs if ours.get(name) != theirs.get(name)))
+        names = ", ".join(
+            sorted(name for name in ours | theirs if ours.get(name) != theirs.get(name))
+        )
         raise ValueError(
             f"this model's config does not rebuild it ({names[:200]}): a block of your own needs a "
             "letter in BLOCKS, and no two blocks may share a parameter"

@@ -167,7 +167,9 @@ def parse_arguments(words: list[str] | None = None) -> tuple[Namespace, Base]:
     add("--device", help="cpu, cuda, ... (default: a GPU if there is one)")
     dtypes = ("float32", "bfloat16")
     add("--dtype", choices=dtypes, help="of autocast (default: bfloat16 where that is fast)")
-    add("--compile", action=BooleanOptionalAction, help="the model (default: on a GPU, with Triton)")
+    add(
+        "--compile", action=BooleanOptionalAction, help="the model (default: on a GPU, with Triton)"
+    )
     add("--threads", type=whole, help="of the CPU (default: 1 up to a width of 128)")
     parts = "parts of a step's batch, shared among processes; more need less memory"
     add("--grad_accum", type=whole, help=f"{parts} {default}")
@@ -411,7 +413,9 @@ def train(
             if step == steps:
                 break
             if stopping:
-                saved = f"step {step} of {steps} is saved in {settings.out}" if save else "not saved"
+                saved = (
+                    f"step {step} of {steps} is saved in {settings.out}" if save else "not saved"
+                )
                 raise KeyboardInterrupt(f"interrupted; {saved}; repeat the command to go on")
 
             # The learning rate of this step, for each group a share of its own peak.
@@ -436,10 +440,8 @@ def train(
 
 # ---- What continues ------------------------------------------------------------------------------
 # Of settings what decides the numbers, apart from the shape of the model and the texts.
-COMPARED = (
-    *("upscale", "train", "tokenizer", "base_tokens", "base_lr", "tokens", "block_size"),
-    *("batch_size", "lr", "memory_lr", "weight_decay", "warmup", "eval_every", "save_every", "seed"),
-)
+COMPARED = """upscale train tokenizer base_tokens base_lr tokens block_size batch_size lr memory_lr
+    weight_decay warmup eval_every save_every seed""".split()
 CODE = ("hml.py", "model.py", "data.py", "upscale.py", "train.py")
 
 
@@ -491,7 +493,9 @@ def find_run(settings: Namespace, asked: dict) -> tuple[GPT, dict] | None:
     now = hashes_of_code()
     changed = [name for name in CODE if info["code"][name] != now[name]]
     if changed:
-        print(f"{out} was begun by other code ({', '.join(changed)} differs); delete it to begin anew")
+        print(
+            f"{out} was begun by other code ({', '.join(changed)} differs); delete it to begin anew"
+        )
     return model, info["progress"]
 
 
@@ -564,9 +568,7 @@ def get_base(settings: Namespace, base: Base, device: torch.device) -> GPT:
     return model
 
 
-def begin(
-    settings: Namespace, base: Base, device: torch.device, texts: Texts
-) -> tuple[GPT, dict]:
+def begin(settings: Namespace, base: Base, device: torch.device, texts: Texts) -> tuple[GPT, dict]:
     """The model that is to be trained, and the progress of its run, with the first rows."""
     progress = new_progress()
     model = get_base(settings, base, device).to(device)

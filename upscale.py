@@ -19,7 +19,7 @@ import os
 from collections import namedtuple
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 import common
 from model import GPT, count_parameters, open_model, save_checkpoint
@@ -63,7 +63,9 @@ def place(
     if positions is not None:
         inside = all(1 <= p <= n_layer for p in positions)
         if n_new is not None or not inside or len(set(positions)) < len(positions):
-            wanted = f"different numbers between 1 and {n_layer}, the number of blocks, without n_new"
+            wanted = (
+                f"different numbers between 1 and {n_layer}, the number of blocks, without n_new"
+            )
             raise ValueError(f"positions must be {wanted}; got {positions}")
         return sorted(positions)
 
@@ -155,9 +157,7 @@ def silence(block: nn.Module) -> None:
 
 # ---- The methods ---------------------------------------------------------------------------------
 # Each is a choice of sources and of what the new blocks are at the start.
-def midus(
-    base: GPT, positions: list[int] | None = None, n_new: int | None = None, **memory
-) -> GPT:
+def midus(base: GPT, positions: list[int] | None = None, n_new: int | None = None, **memory) -> GPT:
     """A memory block inside each group of blocks. memory: fields of the config, see MEMORY.
 
     That a memory block is made from the block before it is a [choice].
@@ -321,7 +321,9 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 def given_options(args: argparse.Namespace) -> dict:
     """The options that were given as flags."""
     names = {option.name for row in METHODS.values() for option in row.options}
-    return {name: value for name, value in vars(args).items() if name in names and value is not None}
+    return {
+        name: value for name, value in vars(args).items() if name in names and value is not None
+    }
 
 
 def main() -> None:
