@@ -35,7 +35,7 @@ from torch.nn.parallel import DistributedDataParallel
 from tqdm import tqdm
 
 import common
-from data import DATASETS, Split, get_batch, load_dataset, load_tokenizer, vocab_size
+from data import DATASETS, WIKITEXT, Split, get_batch, load_dataset, load_tokenizer, vocab_size
 from eval import continue_text, evaluate, print_table, sum_nll
 from model import (
     GPT,
@@ -105,13 +105,17 @@ def parse_arguments(words: list[str] | None = None) -> tuple[Namespace, Base]:
 
     # The base decides which preset the defaults come from, so it is looked at first.
     first = common.Parser(add_help=False)
-    first.add_argument("--base")
-    first.add_argument("--dataset", default="")
+    for name in ("--base", "--dataset", "--tokens", "--lr"):
+        first.add_argument(name)
+    first.add_argument("--upscale", default="none")
     first.add_argument("--preset", choices=PRESETS)
     first.add_argument("--n_embd", type=whole, default=128)
     known, _ = first.parse_known_args(words)
-    of_wikitext = "gpt2" if known.dataset.startswith("wikitext") else "scratch"
-    base = find_base(known.base or of_wikitext)
+    base = find_base(known.base or ("gpt2" if known.dataset in WIKITEXT else "scratch"))
+    if base.name == "scratch" and known.upscale == "none":
+        if known.dataset or known.tokens or known.lr:
+            flags = "--old_dataset, --base_tokens and --base_lr"
+            raise ValueError(f"--upscale none from scratch makes a base: its flags are {flags}")
     width = base.config.n_embd if base.config else known.n_embd
     defaults = dict(PRESETS[known.preset or ("gpt2" if width > 512 else "tiny")])
 
