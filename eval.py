@@ -208,49 +208,49 @@ def evaluate(
     return row
 
 
-COLUMNS = {  # of each text: what a figure is called, and its digits
-    "token_perplexity": ("per token", ".4f"),
-    "word_perplexity": ("per word", ".3f"),
-    "bits_per_byte": ("bits/byte", ".4f"),
+COLUMNS = {  # of each text
+    "token_perplexity": "per token",
+    "word_perplexity": "per word",
+    "bits_per_byte": "bits/byte",
 }
 
 
 def print_table(rows: list[dict], change: bool = False) -> None:
     """One row a model; change: and a last one, from the first row to the last."""
     # A text has the columns that some model has a figure for.
-    names = list(dict.fromkeys(name for row in rows for name in row["texts"]))
+    names = dict.fromkeys(name for row in rows for name in row["texts"])
     columns = []
     for name in names:
-        found = [row["texts"].get(name, {}) for row in rows]
-        columns += [(name, kind) for kind in COLUMNS if any(kind in figures for figures in found)]
-    width = max(len("model"), *(len(row["model"]) for row in rows)) + 2
+        for kind in COLUMNS:
+            if any(kind in row["texts"].get(name, {}) for row in rows):
+                columns.append((name, kind))
 
-    # Above the figures of a text its name.
-    title = ""
-    for name in names:
-        own = [kind for text, kind in columns if text == name]
-        title += f"{name:>{11 * len(own)}}"
-    print(f"{'':{width + 24}}{title}")
-    heads = "".join(f"{COLUMNS[kind][0]:>11}" for _, kind in columns)
-    used = "   slots in use" if any(row["usage"] for row in rows) else ""
-    print(f"{'model':{width}}{'parameters':>12}{'added':>12}{heads}{used}")
-
+    # Everything as words first; then columns get the width that they need.
+    kinds = [COLUMNS[kind] for _, kind in columns]
+    lines = [
+        ["", "", "", *(name for name, _ in columns), ""],
+        ["model", "parameters", "added", *kinds, "slots in use"],
+    ]
     for row in rows:
-        cells = ""
+        cells = []
         for name, kind in columns:
-            value = row["texts"].get(name, {}).get(kind)
-            cells += f"{'' if value is None else format(value, COLUMNS[kind][1]):>11}"
+            figure = row["texts"].get(name, {}).get(kind)
+            cells.append("" if figure is None else f"{figure:.4f}")
         used = " ".join(f"{figures['top1']:.0%}" for figures in row["usage"].values())
-        sizes = f"{row['parameters']:12,}{row['added']:12,}"
-        print(f"{row['model']:{width}}{sizes}{cells}   {used}".rstrip())
-
+        sizes = [f"{row['parameters']:,}", f"{row['added']:,}"]
+        lines.append([row["model"], *sizes, *cells, used])
     if change:
         first, last = rows[0], rows[-1]
-        cells = ""
+        cells = []
         for name, kind in columns:
-            ratio = last["texts"][name][kind] / first["texts"][name][kind]
-            cells += f"{ratio - 1:>+11.0%}"
-        print(f"{'change':{width}}{last['parameters'] - first['parameters']:>+12,}{'':12}{cells}")
+            cells.append(f"{last['texts'][name][kind] / first['texts'][name][kind] - 1:+.0%}")
+        more = f"{last['parameters'] - first['parameters']:+,}"
+        lines.append(["change", more, "", *cells, ""])
+
+    widths = [max(len(cell) for cell in column) for column in zip(*lines)]
+    for line in lines:
+        padded = [f"{cell:>{width}}" for cell, width in zip(line[1:], widths[1:])]
+        print("  ".join([f"{line[0]:{widths[0]}}", *padded]).rstrip())
 
 
 # ---- Samples -------------------------------------------------------------------------------------
