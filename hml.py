@@ -10,7 +10,7 @@ pre-training. The new blocks are usually copies of old ones. MIDUS inserts memor
 
     x --+--> LayerNorm                      x --+--> LayerNorm             copied from the left
         |    attention (Q, K, V), H heads       |    attention (Q, K, V)   copied from the left
-        |    output projection W_O              |    HML: each head looks up what it needs
+        |    output projection W_O              |    HML: this file
         |        |                              |        |
         +<-------+ sum                          +<-------+ sum
         +--> LayerNorm                          v
@@ -19,19 +19,18 @@ pre-training. The new blocks are usually copies of old ones. MIDUS inserts memor
         +<-------+ sum
         v
 
-So HML stands in the place of W_O *and* of the second LayerNorm and the FFN. A stack of 12 blocks is
-cut into 6 pairs, and one memory block goes into the middle of each: T M T | T M T | ... So
-retrieval is spread over the whole depth, and no memory block is the last: what it adds is always
-worked on by a transformer block. This file is the box HML on the right; model.py has both blocks
-around it. The long line from x to the sum, the residual connection, is the block's and not the
-layer's.
+So HML stands in the place of W_O *and* of the second LayerNorm and the FFN. (To copy from the block
+on the left, and not from the one on the right, is our choice.) A stack of 12 old blocks is cut into
+6 pairs, and one memory block goes into the middle of each, which makes 18. So retrieval is spread
+over the whole depth, and no memory block is the last: what it adds is always worked on by an old
+block. model.py has both blocks around this layer; the sum at the end is the block's.
 
 Shape names, the same in every file:
-    B    batch                     n    rows, and columns, of the grid of slots (n_keys)
+    B    batch                     n    rows of the grid of slots, and its columns (n_keys)
     T    tokens in a sequence      N    slots = n * n; slot = row * n + col
     H    heads (n_head)            k    slots read per token and head (top_k)
-    C    n_embd = H * d_h          d_v  width of an entry (d_latent)
-    d_h  width of a head           P    pairs (i-th best row, j-th best column) that can win
+    C    n_embd = H * d_h          d_v  width of an entry, before W_h (d_latent)
+    d_h  width of a head           P    pairs that are summed in the search, see section 1
 
 Attention has queries, keys and values of its own; they did their work before this layer begins.
 From here on the three words mean the memory's. The memory has N = n * n slots, to be thought of as
@@ -68,7 +67,7 @@ it step by step:
                       (1, 1) is beaten by the other three: it cannot be among the best 2
     best slots        row 1, col 0 = 3     row 1, col 2 = 5
     softmax(9, 8)     0.731                0.269
-    bank, else zero   entry 3 is (4, 0)    entry 5 is (0, 4)    z = (2.924, 1.076)
+    bank              entry 3 is (4, 0)    entry 5 is (0, 4)    z = (2.924, 1.076)
     W = ((1, 0, 2, 1), (0, 1, 0, -1))                    m = z W = (2.924, 1.076, 5.848, 1.848)
 
 What a memory block costs in GPT-2 124M (C=768, H=12) with n=128, k=16, d_v=64:
@@ -82,15 +81,16 @@ What a memory block costs in GPT-2 124M (C=768, H=12) with n=128, k=16, d_v=64:
 
 What an FFN has and HML has not: it mixes features across the whole width C, and puts a
 nonlinearity on them. In HML heads never mix, and the only nonlinear step is the choice of slots
-with its softmax. Left out on purpose: a query projection (what comes in *is* the query), 1/sqrt(d)
-on scores (keys start that small), an output projection or gate.
+with its softmax. We leave out a query projection (what comes in *is* the query), 1/sqrt(d) on
+scores (keys start that small), an output projection and a gate.
 
-What comes in is not always a head's output. model.py can also ask with the head's slice of the
-stream after attention: the token query. In our study it works better (experiments/README.md).
+What comes in is a head's output of attention: the *head query*. model.py can also pass the head's
+slice of x + W_O attention(LN(x)): the *token query*. In our study it works better, since it knows
+the token at its own place (experiments/README.md).
 
 What is not known, since the paper was not at hand in full: whether queries are normalised; how W_h
 starts; whether anything follows the joined values of the heads; which sizes were used at which
-width; whether a memory block copies from the block on its left.
+width.
 """
 
 import warnings
@@ -173,14 +173,15 @@ class ProductKeys(nn.Module):
     """The product keys of H heads: which slots a head reads, and with which weights.
 
     keys (2, H, n, d_h/2): for each head n row halves, then n column halves. The N keys of width d_h
-    that they make are never built. Only keys that win get a gradient. They start as
+    that they make are never built. Only halves of a slot that wins get a gradient. They start as
     U(+-(d_h/2)^-0.5) [Lample et al.].
 
     Nothing makes a head use all its slots. If its queries for different tokens are alike, they read
-    the same few slots; the other keys get no gradient, so nothing moves them to where they would
-    win, and entries that no head reads stay untrained. That is *slot collapse*. eval.py counts the
-    slots in use: of 1,024 an average head of ours uses about 800 after training if it is healthy,
-    as with the token query, and about 150 if it has collapsed, as with its own output alone.
+    the same few slots; halves that take no part get no gradient, so nothing moves them to where
+    they would win, and entries that no head reads stay untrained. That is *slot collapse*. eval.py
+    counts the slots in use: of 1,024 an average head of ours has about 800 as its first choice
+    somewhere in 100,000 tokens if it is healthy, as with the token query, and about 150 if it has
+    collapsed, as with the head query.
     """
 
     def __init__(self, n_head: int, head_dim: int, n_keys: int, top_k: int):
@@ -201,22 +202,19 @@ class ProductKeys(nn.Module):
             row_scores = torch.einsum("bthd,hnd->bthn", q1, row_halves)  # (B, T, H, n)
             col_scores = torch.einsum("bthd,hnd->bthn", q2, col_halves)  # (B, T, H, n)
 
-            # The weights of a read are a softmax over the k slots that won, not over all.
             scores, slots = product_key_topk(row_scores, col_scores, self.top_k)  # (B, T, H, k)
             return scores.softmax(dim=-1), slots
 
 
 # ---- 3. One bank for all heads, one small projection per head ------------------------------------
-# What a head gets is the sum of its k entries, by weight, through a small matrix of its own.
-
-
 def pool(weights: Tensor, slots: Tensor, bank: Tensor) -> Tensor:
     """weights, slots (B, T, H, k), bank (N, d_v) -> z = sum of weight * entry, (B, T, H, d_v).
 
     The same as (weights.unsqueeze(-1) * F.embedding(slots, bank)).sum(-2), without the copy of k
     entries for every read.
     """
-    # A bag is a read: the k entries of one token and head, summed as they are fetched.
+    # embedding_bag sums entries as it fetches them. Its bags are our reads, one of k entries for
+    # each token and head.
     flat_weights = weights.flatten(0, 2)  # (R, k) with R = B * T * H reads
     flat_slots = slots.flatten(0, 2)  # (R, k)
     if is_short_list_on_cpu(weights):  # section 5: the same, with a faster backward
@@ -230,10 +228,9 @@ class HIVE(nn.Module):
     """Head-wise implicit value expansion: bank entries that a head found -> that head's values.
 
     bank (N, d_v) is shared by all heads; proj (H, d_v, d_h) holds one W_h per head. Head h reads as
-    if it owned the value table bank @ W_h, (N, d_h); the tables of all heads are one table seen
-    through H small matrices. They are never built: summing the k entries first and projecting the
-    sum is the same, since both are linear. For GPT-2 (H=12, n=128, d_v=64) this stores 1.10M
-    numbers instead of 12.58M.
+    if it owned the value table bank @ W_h, (N, d_h). The H tables are never built: summing the k
+    entries first and projecting the sum is the same, since both are linear. For GPT-2 (H=12, n=128,
+    d_v=64) this stores 1.10M numbers instead of 12.58M.
 
     The bank gets no weight decay in training (train.py): decay shrinks all entries at every step,
     but only entries that are read get a gradient to restore them.
@@ -256,11 +253,11 @@ class HeadwiseMemory(nn.Module):
     """HML: every head looks up its own product keys, HIVE turns what they find into values.
 
     n_head, head_dim, n_keys, top_k, d_latent: H, d_h, n, k, d_v. Raises ValueError where these
-    contradict each other. No head sees another.
+    contradict each other.
 
         tensor     shape             starts as           gradient at step 0   from step 1
         hive.bank  (N, d_v)          zero                yes, entries read    yes, entries read
-        hive.proj  (H, d_v, d_h)     normal, d_v^-0.5    zero                 yes
+        hive.proj  (H, d_v, d_h)     N(0, std d_v^-0.5)  zero                 yes
         keys       (2, H, n, d_h/2)  U(+-(d_h/2)^-0.5)   zero                 yes, keys that win
         this block's LN, attention   copied              zero                 yes
 
@@ -297,7 +294,7 @@ class HeadwiseMemory(nn.Module):
         return self.product_keys(heads)
 
     def forward(self, heads: Tensor) -> Tensor:
-        """heads (B, T, H, d_h), attention's output split by head -> (B, T, C), their values."""
+        """heads (B, T, H, d_h), the queries split by head -> (B, T, C), their values."""
         weights, slots = self.read(heads)  # both (B, T, H, k)
         return self.hive(weights, slots).flatten(2)  # (B, T, H, d_h) -> (B, T, C), side by side
 
@@ -349,16 +346,16 @@ def show_example() -> None:
 
 
 # ---- 5. Speed only: you may stop here ------------------------------------------------------------
-# The layer is complete. On a CPU topk and pool take a faster way for what this lets pass: numpy
-# cannot read bf16 or what is being compiled, and for long lists it is no faster.
+# On a CPU topk and pool use faster code where this is true. numpy cannot read bf16 or what is being
+# compiled, and for long lists it is no faster.
 def is_short_list_on_cpu(numbers: Tensor) -> bool:
     """Whether numbers (..., n) are in fp32 on a CPU, at most 256 in a list, and not compiled."""
     on_cpu = numbers.device.type == "cpu" and numbers.dtype == torch.float32
     return on_cpu and numbers.size(-1) <= 256 and not torch.compiler.is_compiling()
 
 
-# embedding_bag has a backward of its own, which takes longer on a CPU: a training step of this
-# layer takes 1.2 to 1.4 times as long with it (experiments/bench.py).
+# With torch's own backward of embedding_bag a training step of this layer takes 1.2 to 1.4 times as
+# long on a CPU (experiments/speed.md).
 class PoolForCPU(torch.autograd.Function):
     """embedding_bag with weights, and a backward that CPUs do sooner."""
 
