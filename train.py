@@ -3,7 +3,7 @@ One run: from a base GPT to an up-scaled, further trained checkpoint.
 
     python train.py --upscale midus                          trains a tiny base first; no download
     python train.py --upscale midus --dataset wikitext103    GPT-2 124M on WikiText-103, one GPU
-    python train.py --upscale none                           the tiny base alone
+    python train.py --upscale none --out base.pt             the tiny base alone
 
 The base is the model before the new blocks: GPT-2 by name, one of your checkpoints, or `scratch`: a
 small model of our own, which is trained first, in a run like any other, and kept in the data
@@ -166,7 +166,7 @@ def parse_arguments(words: list[str] | None = None) -> tuple[Namespace, Base]:
     seed = "of new weights and of the data's order"
     add("--seed", type=int, default=0, help=f"{seed} {default}")
 
-    # What changes the result by no more than rounding: a repeated command may say other things.
+    # What changes only rounding: a repeated command may say other things here.
     add = parser.add_argument_group("machine").add_argument
     add("--device", help="cpu, cuda, ... (default: a GPU if there is one)")
     dtypes = ("float32", "bfloat16")
@@ -189,6 +189,10 @@ def parse_arguments(words: list[str] | None = None) -> tuple[Namespace, Base]:
         method = METHODS.get(settings.upscale)
         settings.train = method.train if method else "all"
     return settings, base
+
+
+def makes_a_base(settings: Namespace, base: Base) -> bool:
+    return base.name == "scratch" and settings.upscale == "none"
 
 
 def for_this_machine(settings: Namespace, device: torch.device) -> None:
@@ -299,8 +303,8 @@ def train_step(
     # Forward and backward, part by part: gradients add up. Parts are equally large, so the mean of
     # their means is the batch's. Several processes exchange gradients once, in the last part.
     for number, (x, y) in enumerate(parts, start=1):
-        exchanges = number == len(parts) or not hasattr(model, "no_sync")
-        with nullcontext() if exchanges else model.no_sync():
+        waits = number < len(parts) and hasattr(model, "no_sync")
+        with model.no_sync() if waits else nullcontext():
             with torch.autocast(x.device.type, dtype=dtype, enabled=dtype != torch.float32):
                 loss = model(x, y) / len(parts)
             loss.backward()
@@ -323,6 +327,13 @@ def train_step(
 
 
 # ---- The loop ------------------------------------------------------------------------------------
+def hashes_of_code() -> dict[str, str]:
+    """The sha256 of the files that decide what a run comes to."""
+    folder = os.path.dirname(os.path.abspath(__file__))
+    names = ("hml.py", "model.py", "data.py", "upscale.py", "train.py")
+    return {name: common.file_sha256(os.path.join(folder, name)) for name in names}
+
+
 def new_progress() -> dict:
     """How far a run is: with the model all that it needs to go on.
 
@@ -331,6 +342,7 @@ def new_progress() -> dict:
     repeated are bit for bit those of one that was not.
     """
     return {
+        "code": hashes_of_code(),  # that the run was begun by
         "step": 0,
         "seconds": 0.0,  # spent in training steps
         "losses": [],  # of each batch, before its step
@@ -359,10 +371,10 @@ def train(
 ) -> None:
     """Trains what of model requires gradients, from progress to the end of the run, in place.
 
-    data: splits "train" and "valid". save: keeps model and progress in a file; without it nothing
-    is validated, saved or printed. Raises KeyboardInterrupt after Ctrl-C or SIGTERM, with
-    everything saved, and FloatingPointError if the loss becomes NaN, with the last good checkpoint
-    in place.
+    data: splits "train" and "valid". save: keeps model and progress in a file; without it, as in
+    experiments/compare.py, nothing is validated, saved or printed. Raises KeyboardInterrupt after
+    Ctrl-C or SIGTERM, with everything saved, and FloatingPointError if the loss becomes NaN, with
+    the last good checkpoint in place.
     """
     # A run that goes on has AdamW's running averages from before.
     device = model.wte.weight.device
@@ -395,8 +407,8 @@ def train(
             stopping = common.mean_over_processes(float(stop.is_set()), device) > 0
 
             # Now and then, and at both ends: the loss on text that it does not train on.
-            due = step % settings.eval_every == 0 or step == steps
-            if due and writes and step not in dict(progress["valid"]):
+            validates = step % settings.eval_every == 0 or step == steps
+            if validates and writes and step not in dict(progress["valid"]):  # else it has it
                 nll, count = sum_nll(model, sample)
                 progress["valid"].append((step, nll / count))
                 line = f"step {step}/{steps}  validation loss {nll / count:.3f} nats"
@@ -407,8 +419,8 @@ def train(
 
             # Now and then, at both ends, and when it is told to stop: all that is needed to go on.
             # One window is scored first, since the last update may have spoilt the weights.
-            due = step % settings.save_every == 0 or step == steps or stopping
-            if due and writes:
+            saves = step % settings.save_every == 0 or step == steps or stopping
+            if saves and writes:
                 nll, _ = sum_nll(model, sample[: settings.block_size + 1])
                 if not math.isfinite(nll):
                     raise FloatingPointError(DIVERGED)
@@ -443,10 +455,9 @@ def train(
 
 
 # ---- What continues ------------------------------------------------------------------------------
-# Of settings what decides the numbers, apart from the shape of the model and the texts.
-COMPARED = """upscale train tokenizer base_tokens base_lr tokens block_size batch_size lr memory_lr
-    weight_decay warmup eval_every save_every seed""".split()
-CODE = ("hml.py", "model.py", "data.py", "upscale.py", "train.py")
+# Of settings what decides the numbers, apart from the base, the shape of the model and the texts.
+COMPARED = """upscale train tokenizer tokens block_size batch_size lr memory_lr weight_decay warmup
+    eval_every seed""".split()
 
 
 def what_is_asked(settings: Namespace, base: Base, config: GPTConfig, texts: dict) -> dict:
@@ -458,8 +469,10 @@ def what_is_asked(settings: Namespace, base: Base, config: GPTConfig, texts: dic
     for name in COMPARED:
         asked[name] = getattr(settings, name)
 
-    # A base in a file is its weights; any other is named, and its own settings are above.
+    # A base in a file is its weights, published ones are a name.
     asked["base"] = weights_sha256(base.model) if base.model else base.name
+    if base.name == "scratch":
+        asked["base"] = f"scratch, {settings.base_tokens} tokens, lr {settings.base_lr}"
 
     # A text is its words, in whatever folder.
     for kind, name in (("dataset", settings.dataset), ("old_dataset", settings.old_dataset)):
@@ -468,11 +481,6 @@ def what_is_asked(settings: Namespace, base: Base, config: GPTConfig, texts: dic
             label = name if name in DATASETS else "a text"
             asked[kind] = f"{label} {hashlib.sha256(prints.encode()).hexdigest()[:8]}"
     return asked
-
-
-def hashes_of_code() -> dict[str, str]:
-    folder = os.path.dirname(os.path.abspath(__file__))
-    return {name: common.file_sha256(os.path.join(folder, name)) for name in CODE}
 
 
 def find_run(settings: Namespace, asked: dict) -> tuple[GPT, dict] | None:
@@ -484,9 +492,9 @@ def find_run(settings: Namespace, asked: dict) -> tuple[GPT, dict] | None:
     model, info = load_checkpoint(out)
     begun = info.get("asked", {})
     differing = []
-    for name, value in asked.items():
-        if begun.get(name) != value:
-            differing.append(f"{name} {begun.get(name)}, now {value}")
+    for name in asked | begun:
+        if begun.get(name) != asked.get(name):
+            differing.append(f"{name} {begun.get(name)}, now {asked.get(name)}")
     if differing and settings.overwrite:
         return None
     if differing:
@@ -494,13 +502,12 @@ def find_run(settings: Namespace, asked: dict) -> tuple[GPT, dict] | None:
         raise ValueError(f"{out} was begun with {what}: name another --out, or --overwrite")
 
     # Other code may give other numbers. You know what you changed; a changed comment does no harm.
+    progress = info["progress"]
     now = hashes_of_code()
-    changed = [name for name in CODE if info["code"][name] != now[name]]
+    changed = ", ".join(name for name in now if progress["code"][name] != now[name])
     if changed:
-        print(
-            f"{out} was begun by other code ({', '.join(changed)} differs); delete it to begin anew"
-        )
-    return model, info["progress"]
+        print(f"{out} was begun by other code ({changed} differs); delete it to begin anew")
+    return model, progress
 
 
 # ---- The story -----------------------------------------------------------------------------------
@@ -554,7 +561,7 @@ def get_base(settings: Namespace, base: Base, device: torch.device) -> GPT:
         return model
 
     # From scratch. Weights are drawn on the CPU, so that a seed gives the same ones everywhere.
-    if settings.upscale == "none":
+    if makes_a_base(settings, base):
         torch.manual_seed(settings.seed)
         return GPT(scratch_config(settings))
 
@@ -576,8 +583,7 @@ def begin(settings: Namespace, base: Base, device: torch.device, texts: Texts) -
     """The model that is to be trained, and the progress of its run, with the first rows."""
     progress = new_progress()
     model = get_base(settings, base, device).to(device)
-    from_nothing = base.name == "scratch" and settings.upscale == "none"
-    if common.is_main() and not from_nothing:
+    if common.is_main() and not makes_a_base(settings, base):
         add_row(progress["rows"], "base", model, settings, texts)
     if settings.upscale == "none":
         return model, progress
@@ -594,8 +600,8 @@ def begin(settings: Namespace, base: Base, device: torch.device, texts: Texts) -
 def run(settings: Namespace, base: Base, device: torch.device) -> tuple[GPT, dict, Texts]:
     """One run, from its base to its last step. Returns the model, its progress, and its texts.
 
-    settings.out None: the run makes a base for another one. That is kept in the data folder, under
-    a name that tells what was asked.
+    settings.out None: get_base() wants a base. That is kept in the data folder, under a name that
+    tells what was asked.
     """
     # Whatever can be refused is refused here, before anything long begins. A first batch refuses a
     # text that is too short.
@@ -638,6 +644,8 @@ def run(settings: Namespace, base: Base, device: torch.device) -> tuple[GPT, dic
     if found:
         model, progress = found
         model = model.to(device)
+        for row in progress["rows"]:  # a text's folder may have another name now
+            row["texts"] = dict(zip(texts, row["texts"].values()))
         print(f"{out} is there: {progress['step']:,} of its {steps:,} steps are done")
     else:
         model, progress = begin(settings, base, device, texts)
@@ -653,7 +661,6 @@ def run(settings: Namespace, base: Base, device: torch.device) -> tuple[GPT, dic
         "old_dataset": settings.old_dataset,
         "fingerprints": fingerprints,
         "asked": asked,
-        "code": hashes_of_code(),
     }
 
     def save() -> None:
@@ -665,8 +672,9 @@ def run(settings: Namespace, base: Base, device: torch.device) -> tuple[GPT, dic
     # Continual pre-training. A base that is not up-scaled is itself what is trained.
     set_trainable(model, settings.train)
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    print(f"training {trained:,} parameters\n")
-    train(model, settings, progress, data, save)
+    if progress["step"] < steps:
+        print(f"training {trained:,} parameters\n")
+        train(model, settings, progress, data, save)
     return model, progress, texts
 
 
@@ -674,7 +682,7 @@ def main() -> None:
     settings, base = parse_arguments()
     device = common.join_processes(common.pick_device(settings.device))
     for_this_machine(settings, device)
-    if base.name == "scratch" and settings.upscale == "none":
+    if makes_a_base(settings, base):
         settings = base_settings(settings)
     model, progress, texts = run(settings, base, device)
 
@@ -685,7 +693,7 @@ def main() -> None:
         add_row(rows, label, model, settings, texts)
         print(f"\nthe first {TABLE_TOKENS:,} tokens of each validation split")
         print_table(rows, change=len(rows) > 1)
-        for row in rows[:1] + rows[1:][-1:]:
+        for row in rows if len(rows) == 1 else (rows[0], rows[-1]):
             sample = row["sample"].replace("\n", "\n    ")  # indented, so that line ends are seen
             print(f"\n{row['model']} goes on with the first words of {settings.dataset}:")
             print(f"    {sample}")
