@@ -244,7 +244,11 @@ def read_text(path: str, member: str | None) -> str:
     """The text of a file, or of a member of a zip. Raises ValueError if there is none."""
     # A byte-order mark is dropped, and Windows' line ends become ours.
     with open(path, "rb") if member is None else zipfile.ZipFile(path).open(member) as file:
-        text = file.read().decode("utf-8-sig").replace("\r\n", "\n")
+        content = file.read()
+    try:
+        text = content.decode("utf-8-sig").replace("\r\n", "\n")
+    except UnicodeDecodeError:
+        raise ValueError(f"{path} is not UTF-8 text; save it as UTF-8") from None
     if not text.strip():
         raise ValueError(f"{path} is empty; a split needs text")
     return text

@@ -354,7 +354,8 @@ def main() -> None:
     print(f"largest difference of its logits to the base's: {identity_gap(base, deeper):g}")
 
     # The new model goes by its base's tokenizer and text.
-    about = {name: info[name] for name in ("tokenizer", "dataset") if name in info}
+    known = ("tokenizer", "dataset", "fingerprints")
+    about = {name: info[name] for name in known if name in info}
     save_checkpoint(args.out, deeper, **about)
     way = f"python train.py --base {args.out} --train new"
     print(f"wrote {args.out}; train what is new in it: {way}")

@@ -1,32 +1,28 @@
-"""Evaluation: perplexity against cases computed by hand, usage against counts, the command."""
+"""Evaluation: perplexity against plain loops, use of the memory against counts, the table."""
 
 import json
 import math
-import os
 
 import numpy as np
 import pytest
 import torch
 
 import eval as module
-from conftest import call, same_weights
-from eval import base_of, continue_text, count_usage, evaluate, perplexity, sum_nll, usage
+from conftest import call
+from data import load_dataset, load_tokenizer
+from eval import (
+    continue_text,
+    count_usage,
+    evaluate,
+    perplexity,
+    print_table,
+    sum_nll,
+    usage,
+    watch_reads,
+)
 from model import GPT, GPTConfig, save_checkpoint
 from test_model import CONFIG, MEMORY, wake
 from upscale import upscale
-
-
-class Bigram(torch.nn.Module):
-    """Knows the previous token alone, so its perplexity can be computed by hand."""
-
-    def __init__(self, logits, block_size):
-        super().__init__()
-        self.wte = torch.nn.Embedding.from_pretrained(logits)
-        self.h = []
-        self.config = GPTConfig(1, 1, 2, block_size, len(logits))
-
-    def forward(self, tokens):
-        return self.wte(tokens)
 
 
 @pytest.fixture
@@ -35,257 +31,171 @@ def model():
     return wake(GPT(CONFIG))
 
 
-def some_tokens(length, vocab_size=50):
-    return np.random.default_rng(0).integers(0, vocab_size, length).astype(np.uint16)
-
-
 # ---- Perplexity ----------------------------------------------------------------------------------
-@pytest.mark.parametrize("length", [2, 3, 8, 9, 10, 100, 101, 203])
-def test_every_token_after_the_first_counts_once_whatever_the_stride(length):
-    logits = torch.randn(7, 7)
-    tokens = some_tokens(length, 7)
-    logprob = logits.double().log_softmax(-1)
-    by_hand = -sum(logprob[a, b].item() for a, b in zip(tokens[:-1].tolist(), tokens[1:].tolist()))
-    for stride in range(1, 9):
-        nll, count = sum_nll(Bigram(logits, 8), tokens, stride)
-        assert count == length - 1 and nll == pytest.approx(by_hand, rel=1e-6)
+@pytest.mark.parametrize("length", [2, 12, 13, 14, 100])
+@pytest.mark.parametrize("stride", [12, 7, 1])
+@torch.no_grad()
+def test_every_token_after_the_first_counts_once_in_the_first_window_that_has_it(
+    model, length, stride
+):
+    """Against a plain loop, one window of 12 after the other; the last ends with the text."""
+    tokens = torch.randint(0, 50, (length,))
+    surprise = {}  # of the token at a place
+    last = max(0, length - 1 - 12)
+    for start in [*range(0, last, stride), last]:
+        window = tokens[start : start + 13]
+        logprob = model(window[None, :-1])[0].log_softmax(-1)
+        for i, target in enumerate(window[1:].tolist()):
+            surprise.setdefault(start + i + 1, -logprob[i, target].item())
+    assert sorted(surprise) == list(range(1, length))
+    nll, count = sum_nll(model, tokens.numpy().astype(np.uint16), stride)
+    assert count == length - 1 and nll == pytest.approx(sum(surprise.values()), rel=1e-6)
 
 
-@pytest.mark.parametrize("stride", [12, 5])
-def test_windows_are_scored_as_in_a_plain_loop(model, stride):
-    """However many go at once."""
-    tokens = some_tokens(70)
-    total, done, start = 0.0, 0, 0
-    while done < 69:
-        piece = torch.from_numpy(tokens[start : start + 13].astype(np.int64))[None]
-        logprob = model(piece[:, :-1]).log_softmax(-1)[0].gather(-1, piece[0, 1:, None])
-        new = start + piece.size(1) - 1 - done
-        total -= logprob[-new:].double().sum().item()
-        done += new
-        start = min(start + stride, 69 - 12)  # the last window ends with the text
-    for at_once in (None, 1, 2, 7, 100):
-        assert sum_nll(model, tokens, stride, at_once=at_once)[0] == pytest.approx(total, rel=1e-6)
+def test_a_row_divides_one_nll_by_tokens_words_and_bytes(monkeypatch):
+    """All logits are alike: ln 257 for each of the 63 bytes after the first."""
+    model = GPT(GPTConfig(1, 1, 2, 8, 257))
+    torch.nn.init.zeros_(model.wte.weight)
+    tokenizer = load_tokenizer("bytes")
+    tokens = np.array(tokenizer.encode_ordinary("four by 4 words\n" * 4), dtype=np.uint16)
+    row = evaluate("uniform", model, {"mine": tokens}, "bytes")
+    wanted = {"token_perplexity": 257, "bits_per_byte": math.log2(257)}
+    assert row["texts"]["mine"] == pytest.approx(wanted)
 
-
-def test_what_cannot_be_scored_is_refused():
-    model = Bigram(torch.zeros(5, 5), 8)
-    for stride in (0, 9):
-        with pytest.raises(ValueError, match="stride must lie between 1 and the window, 8"):
-            sum_nll(model, np.zeros(20, dtype=np.uint16), stride)
-    with pytest.raises(ValueError, match="fewer than two tokens"):
-        sum_nll(model, np.zeros(1, dtype=np.uint16))
-    for nll in (math.nan, math.inf, 1e5):
-        with pytest.raises(FloatingPointError, match="infinite or NaN"):
-            perplexity(nll, 100)
-
-
-def test_all_perplexities_follow_from_one_nll():
-    model = Bigram(torch.zeros(4, 4), 8)
-    text = "four by 4 words\n" * 4
-    report = evaluate(model, np.zeros(33, dtype=np.uint16), text, None, "")
-    assert (report["tokens"], report["words"], report["bytes"]) == (32, 20, 64)
-    assert report["token_perplexity"] == pytest.approx(4)  # 32 tokens at ln 4 each
-    assert report["word_perplexity"] == pytest.approx(4 ** (32 / 20))
-    assert report["bits_per_byte"] == pytest.approx(1.0)
+    # The same tokens by another name have words: 16, and 4 ends of line.
+    monkeypatch.setattr(module, "load_tokenizer", lambda name: tokenizer)
+    row = evaluate("uniform", model, {"mine": tokens}, "gpt2")
+    wanted["word_perplexity"] = 257 ** (63 / 20)
+    assert row["texts"]["mine"] == pytest.approx(wanted)
 
 
 # ---- Use of the memory ---------------------------------------------------------------------------
-def test_usage_is_counted_as_by_hand(model):
+def test_usage_is_counted_from_what_hive_gets(model):
     tokens = torch.randint(0, 50, (2, 12))
-    reads = []
-    keys = model.h[4].memory.product_keys
-    handle = keys.register_forward_hook(lambda module, inputs, out: reads.append(out))
-    with count_usage(model) as counts, torch.no_grad():
-        model(tokens)
+    got = []
+    handle = model.h[4].memory.hive.register_forward_pre_hook(lambda _, inputs: got.extend(inputs))
+    seen = {}
+    with watch_reads(model, lambda block, *read: seen.update({block: read})):
+        with count_usage(model) as counts:
+            model(tokens)
     handle.remove()
-    assert set(counts) == {1, 4}
-    weights, slots = reads[0]
-    for head in range(2):
-        of_head = {name: count[head] for name, count in counts[4].items()}
-        used = slots[:, :, head].unique().tolist()
-        assert of_head["topk"].nonzero().flatten().tolist() == used
-        assert of_head["topk"].sum() == 2 * 12 * 3 and of_head["top1"].sum() == 2 * 12
-        first = slots[:, :, head, 0].flatten().bincount(minlength=36)
-        assert torch.equal(of_head["top1"], first.double())
-        total = weights[:, :, head][slots[:, :, head] == used[0]].sum().item()
-        assert of_head["weight"][used[0]].item() == pytest.approx(total, rel=1e-5)
+    assert set(counts) == set(seen) == {1, 4}
+    assert all(map(torch.equal, seen[4], got))
 
-    # The hooks are gone.
-    with torch.no_grad():
-        model(tokens)
-    assert counts[4]["top1"].sum() == 2 * 2 * 12
+    # Read by read.
+    weights, slots = got  # (B, T, H, k)
+    wanted = {kind: torch.zeros(2, 36).double() for kind in ("top1", "topk", "weight")}
+    for b, t, head, rank in np.ndindex(*slots.shape):
+        slot = slots[b, t, head, rank]
+        wanted["top1"][head, slot] += rank == 0
+        wanted["topk"][head, slot] += 1
+        wanted["weight"][head, slot] += weights[b, t, head, rank].item()
+    torch.testing.assert_close(counts[4], wanted)
 
-
-def test_usage_figures_of_extreme_cases():
-    one, every = torch.zeros(2, 16), torch.ones(2, 16)
-    one[:, 3] = 5
-    figures = usage({"top1": one, "topk": one, "weight": one.double()})
-    assert figures == {"top1": 1 / 16, "topk": 1 / 16, "kl": pytest.approx(math.log(16))}
-    figures = usage({"top1": one, "topk": every, "weight": every.double()})
-    assert figures == {"top1": 1 / 16, "topk": 1.0, "kl": pytest.approx(0, abs=1e-12)}
+    # Nobody watches any longer.
+    model(tokens)
+    assert counts[4]["topk"].sum() == wanted["topk"].sum()
 
 
-# ---- Its base, its words -------------------------------------------------------------------------
-@pytest.mark.parametrize("method", ["midus", "llama-pro"])
-def test_without_its_new_blocks_a_model_is_its_base(method):
-    torch.manual_seed(0)
-    base = GPT(GPTConfig(4, 2, 16, 12, 50))
-    deeper = upscale(base, method, **(MEMORY if method == "midus" else {}))
-    for i in deeper.config.new:
-        for parameter in deeper.h[i].parameters():
-            torch.nn.init.normal_(parameter)
-    assert same_weights(base_of(deeper), base)
-    assert base_of(deeper).wte is deeper.wte  # nothing is copied
-    tokens = torch.randint(0, 50, (2, 12))
-    assert torch.equal(base_of(deeper)(tokens), base(tokens))
+def test_usage_figures_by_hand():
+    one = torch.tensor([[0.0, 5, 0, 0], [0, 0, 0, 2]])  # a slot takes all, for each of two heads
+    two = torch.tensor([[1.0, 1, 0, 0], [3, 0, 3, 0]])
+    for weight, kl in ((one, math.log(4)), (two, math.log(2)), (torch.ones(2, 4), 0)):
+        figures = usage({"top1": one, "topk": two, "weight": weight})
+        assert figures == {"top1": 1 / 4, "topk": 1 / 2, "kl": pytest.approx(kl, abs=1e-6)}
 
 
-def test_samples_are_the_same_each_time_and_draw_no_random_numbers():
-    model = GPT(GPTConfig(1, 1, 8, 32, 600))  # more tokens than the tokenizer has
-    torch.manual_seed(7)
-    wanted = torch.rand(1)
-    torch.manual_seed(7)
-    for temperature in (0, 1e-30, 1, 1e39):
-        text = continue_text(model, "bytes", "One", 40, temperature)
-        assert text.startswith("One")
-        assert text == continue_text(model, "bytes", "One", 40, temperature)
-    continue_text(model, "bytes", "", 5)
-    assert torch.equal(torch.rand(1), wanted)
+# ---- The table -----------------------------------------------------------------------------------
+def test_the_table_has_the_columns_that_some_row_has_a_figure_for(capsys):
+    of_bytes = {"token_perplexity": 4.0, "bits_per_byte": 2.0}
+    of_words = {"token_perplexity": 8.0, "bits_per_byte": 1.0, "word_perplexity": 100.25}
+    used = {2: {"top1": 0.5}, 4: {"top1": 0.25}}
+    base = {"model": "base", "parameters": 2000, "added": 0, "usage": {}}
+    deep = {"model": "deep", "parameters": 3000, "added": 1000, "usage": used}
+    rows = [base | {"texts": {"a": of_bytes}}, deep | {"texts": {"a": of_bytes, "b": of_words}}]
+    print_table(rows)
+    titles, heads, *lines = capsys.readouterr().out.splitlines()
+    assert titles.split() == ["a", "a", "b", "b", "b"]
+    assert heads.endswith("per token  bits/byte  per token  per word  bits/byte  slots in use")
+    assert lines[0].split() == ["base", "2,000", "0", "4.0000", "2.0000"]
+    figures = ["4.0000", "2.0000", "8.0000", "100.2500", "1.0000"]
+    assert lines[1].split() == ["deep", "3,000", "1,000", *figures, "50%", "25%"]
 
-
-def test_the_verdict_says_what_was_learned_forgotten_and_added():
-    def row(new, old, added):
-        return {"new": new, "old": old, "added": added}
-
-    names = {"new": "pycode", "old": "pydocs"}
-    base = row(6.0, 4.0, 0)
-    text = module.verdict([base, row(6.0, 4.0, 9), row(4.5, 5.0, 1234)], names)
-    assert "Learned" in text and "-25%" in text and "Forgotten" in text and "+25%" in text
-    assert "1,234 parameters more" in text and "exactly the base" in text
-    text = module.verdict([base, row(7.0, 4.1, 9), row(6.6, 3.9, 1234)], names)
-    assert "Nothing was learned" in text and "+10%" in text and "--lr" in text
-    assert "Nothing was forgotten" in text and "exactly the base" not in text and "7.00" in text
-    text = module.verdict([base, row(5.0, 4.0, 0)], {"new": "pydocs"})
-    assert "orgotten" not in text and "more" not in text
+    # From the first row to the last.
+    better = {"token_perplexity": 3.0, "bits_per_byte": 2.5}
+    rows[1]["texts"] = {"a": better}
+    print_table(rows, change=True)
+    last = capsys.readouterr().out.splitlines()[-1]
+    assert last.split() == ["change", "+1,000", "-25%", "+25%"]
 
 
 # ---- The command ---------------------------------------------------------------------------------
 @pytest.fixture
-def ckpt(here):
-    """A checkpoint whose new block alone was trained; it learned pycode and knew pydocs."""
+def checkpoints(here):
+    """A base that learned pydocs, and a deeper model that learned pycode after it."""
     torch.manual_seed(0)
     base = GPT(GPTConfig(2, 2, 16, 32, 257))
-    model = wake(upscale(base, "midus", **MEMORY))
-    folder = str(here / "data")
-    about = dict(tokenizer="bytes", settings={"train": "new"})
-    texts = dict(dataset="pycode", data_dir=folder, old_dataset="pydocs", old_data_dir=folder)
-    save_checkpoint("base.pt", base, tokenizer="bytes", dataset="pycode", data_dir=folder)
-    save_checkpoint("ckpt.pt", model, **about, **texts)
-    return model, about | texts
+    save_checkpoint("base.pt", base, tokenizer="bytes", dataset="pydocs")
+    fingerprints = {}
+    for name in ("pycode", "pydocs"):
+        splits = load_dataset(name, "bytes")
+        fingerprints[name] = {split: text.fingerprint for split, text in splits.items()}
+    about = dict(tokenizer="bytes", dataset="pycode", old_dataset="pydocs")
+    deeper = wake(upscale(base, "midus", **MEMORY))
+    save_checkpoint("ckpt.pt", deeper, fingerprints=fingerprints, **about)
+    return deeper
 
 
-def figures_of(monkeypatch, *flags):
-    if os.path.exists("figures.json"):
-        os.remove("figures.json")
-    assert call(monkeypatch, "eval.py", *flags, "--json", "figures.json") == 0
-    with open("figures.json") as file:
-        return json.load(file)
-
-
-def test_both_texts_are_read_and_the_base_stands_beside(ckpt, monkeypatch, capsys):
-    figures = figures_of(monkeypatch, "ckpt.pt")
+def test_a_row_for_each_model_and_json_is_the_list_of_them(checkpoints, here, monkeypatch, capsys):
+    words = ("base.pt", "ckpt.pt", "--json", "rows.json")
+    assert call(monkeypatch, "eval.py", *words) == 0
     out = capsys.readouterr().out
-    of_base = figures_of(monkeypatch, "base.pt")
-    assert figures["dataset"] == "pycode" and figures["old"]["dataset"] == "pydocs"
-    assert figures["base"]["nll"] == of_base["nll"] and of_base["base"] is None
-    assert figures["base"]["nll"] != figures["nll"] != figures["old"]["nll"]
-    line = next(line for line in out.splitlines() if line.startswith("token-level"))
-    columns = [f"{part['token_perplexity']:.3f}" for part in (figures, figures["base"])]
-    assert line.split()[2:4] == columns
-    assert f"memory in block 2: {figures['usage']['2']['top1'] * 36:.0f} of its 36 slots" in out
-    assert "new text: pycode test" in out and "old text: pydocs test" in out and "its base" in out
-
-    # The keys of the file, and what else can be asked for.
-    figures = figures_of(monkeypatch, "ckpt.pt", "--stride", "4", "--split", "valid")
-    about = ("checkpoint", "dataset", "split", "tokenizer", "window", "stride", "parameters")
-    assert [figures[name] for name in about[:6]] == ["ckpt.pt", "pycode", "valid", "bytes", 32, 4]
-    report = ("tokens", "words", "bytes", "nll", "token_perplexity", "word_perplexity", "usage")
-    report += ("bits_per_byte", "tokens_per_second", "slots", "base")
-    assert set(figures) == {*about, *report, "old"}
-    assert set(figures["old"]) == {*report, "dataset"}
-
-    # Where all was trained, there is no base to show.
-    model, about = ckpt
-    save_checkpoint("all.pt", model, **about | {"settings": {"train": "all"}})
-    assert figures_of(monkeypatch, "all.pt")["base"] is None
+    base, deeper = json.loads((here / "rows.json").read_text())
+    assert list(base["texts"]) == ["pydocs"] and list(deeper["texts"]) == ["pycode", "pydocs"]
+    assert deeper["added"] == deeper["parameters"] - base["parameters"] > 0
+    tokens = load_dataset("pycode", "bytes")["test"].tokens
+    wanted = perplexity(*sum_nll(checkpoints, tokens))
+    assert deeper["texts"]["pycode"]["token_perplexity"] == wanted
+    assert f"{wanted:.4f}" in out and "has changed since" not in out
 
 
-def test_a_dataset_that_is_named_is_read_alone_and_a_prompt_is_continued(ckpt, monkeypatch, capsys):
-    figures = figures_of(monkeypatch, "ckpt.pt", "--dataset", "pydocs")
-    assert figures["dataset"] == "pydocs" and figures["old"] is None
-    assert "old text" not in capsys.readouterr().out
-    assert (
-        call(monkeypatch, "eval.py", "ckpt.pt", "--prompt", "def é", "--max_new_tokens", "5") == 0
-    )
-    assert "def é" in capsys.readouterr().out
+def test_a_text_that_is_another_than_the_one_trained_on_is_told(
+    checkpoints, here, monkeypatch, capsys
+):
+    (file,) = here.glob("data/pycode-*/test.txt")
+    file.write_text("other = code\n" * 9)
+    assert call(monkeypatch, "eval.py", "ckpt.pt") == 0
+    out = capsys.readouterr().out
+    assert out.count("has changed since") == 1
+    assert "ckpt.pt was trained beside another pycode: this one has changed since\n" in out
 
 
-def test_an_old_text_that_would_be_downloaded_is_left_out(ckpt, monkeypatch, capsys):
-    model, about = ckpt
-    save_checkpoint("a.pt", model, **about | {"old_dataset": "wikitext103"})
-    assert figures_of(monkeypatch, "a.pt")["old"] is None
-    assert "wikitext103, the old text, is left out" in capsys.readouterr().out
+def test_one_text_alone_and_samples(checkpoints, monkeypatch, capsys):
+    words = "ckpt.pt --dataset pydocs --split valid --stride 4".split()
+    assert call(monkeypatch, "eval.py", *words) == 0
+    out = capsys.readouterr().out
+    assert "the whole valid splits" in out and "stride 4" in out and "pycode" not in out
+    assert call(monkeypatch, "eval.py", "ckpt.pt", "--prompt", "def é") == 0
+    assert capsys.readouterr().out.startswith("ckpt.pt:\ndef é")
 
 
-def test_a_folder_of_another_machine_is_not_made_here(ckpt, here, monkeypatch, capsys):
-    """./data is read instead, or what --data_dir says."""
-    model, about = ckpt
-    elsewhere = str(here / "elsewhere" / "data")
-    about |= {"data_dir": elsewhere, "old_data_dir": elsewhere}
-    save_checkpoint("a.pt", model, **about)
-    assert figures_of(monkeypatch, "a.pt")["nll"] == figures_of(monkeypatch, "ckpt.pt")["nll"]
-    assert not os.path.exists(elsewhere)
-    (here / "file").write_text("no folder")
-    assert call(monkeypatch, "eval.py", "a.pt", "--data_dir", "file") == 2
-    assert "name another with --data_dir" in capsys.readouterr().err
-
-
-def test_json_never_replaces_a_file(ckpt, here, monkeypatch, capsys):
-    (here / "mine.json").write_text("mine")
-    assert call(monkeypatch, "eval.py", "ckpt.pt", "--json", "mine.json") == 2
-    assert "mine.json exists" in capsys.readouterr().err
-    assert (here / "mine.json").read_text() == "mine"
-
-
-def test_weights_that_are_nan_end_in_a_sentence_and_write_no_json(ckpt, monkeypatch, capsys):
-    model, about = ckpt
+def test_what_is_wrong_ends_in_one_line_and_writes_no_json(checkpoints, here, monkeypatch, capsys):
     with torch.no_grad():
-        model.wte.weight.fill_(math.nan)
-    save_checkpoint("nan.pt", model, **about)
-    assert call(monkeypatch, "eval.py", "nan.pt", "--json", "figures.json") == 1
-    error = capsys.readouterr().err
-    assert error.startswith("error: ") and "NaN" in error and not os.path.exists("figures.json")
-    assert call(monkeypatch, "eval.py", "nan.pt", "--prompt", "One") == 1
-    assert capsys.readouterr().err.startswith("error: ")
+        checkpoints.wte.weight.fill_(math.nan)
+    save_checkpoint("nan.pt", checkpoints, tokenizer="bytes", dataset="pycode")
+    for words, status in (("nan.pt", 1), ("ckpt.pt --stride 33", 2), ("ckpt.pt --dataset x", 2)):
+        assert call(monkeypatch, "eval.py", *words.split(), "--json", "rows.json") == status
+        error = capsys.readouterr().err
+        assert error.startswith("error: ") and len(error.splitlines()) == 1
+    assert not (here / "rows.json").exists()
 
 
-@pytest.mark.parametrize(
-    "flags",
-    [
-        "ckpt.pt --stride 33",
-        "ckpt.pt --stride 0",
-        "ckpt.pt --temperature -1",
-        "ckpt.pt --json no/where.json",
-        "ckpt.pt --json ckpt.pt",
-        "ckpt.pt --dataset x",
-        "ckpt.pt --dataset text",
-        "ckpt.pt --seed 1e30",
-        "none.pt",
-        "plain.pt",
-    ],
-)
-def test_bad_input_gets_one_line_and_status_2(ckpt, monkeypatch, capsys, flags):
-    save_checkpoint("plain.pt", GPT(GPTConfig(1, 1, 8, 32, 257)))  # names no tokenizer
-    assert call(monkeypatch, "eval.py", *flags.split()) == 2
-    error = capsys.readouterr().err
-    assert error.startswith("error: ") and len(error.splitlines()) == 1
+def test_samples_are_the_same_each_time_and_draw_none_of_torchs_random_numbers():
+    model = GPT(GPTConfig(1, 1, 8, 32, 257))
+    torch.manual_seed(7)
+    wanted = torch.rand(1)
+    torch.manual_seed(7)
+    text = continue_text(model, "bytes", "One", 40)
+    assert text.startswith("One") and text == continue_text(model, "bytes", "One", 40)
+    assert continue_text(model, "bytes", "", 5, temperature=0)
+    assert torch.equal(torch.rand(1), wanted)
