@@ -469,6 +469,11 @@ def what_is_asked(settings: Namespace, base: Base, config: GPTConfig, texts: dic
     for name in COMPARED:
         asked[name] = getattr(settings, name)
 
+    # What a method of your own takes and the config does not hold.
+    for name, value in settings.options.items():
+        if name not in ("n_new", "positions"):  # config.new tells
+            asked.setdefault(name, value)
+
     # A base in a file is its weights, published ones are a name.
     asked["base"] = weights_sha256(base.model) if base.model else base.name
     if base.name == "scratch":

@@ -1,4 +1,4 @@
-"""What several test files share: small texts, small runs, a server on this machine.
+"""What several test files share: calls of our scripts, small texts, a server on this machine.
 
 Tests run from anywhere. ../shared holds real text and GPT-2's vocabulary where it is present.
 """
@@ -10,7 +10,6 @@ import os
 import platform
 import resource
 import shutil
-import signal
 import socket
 import sys
 import threading
@@ -26,22 +25,29 @@ sys.path[:0] = [str(ROOT), str(ROOT / "experiments")]
 if (SHARED / "tiktoken_cache").is_dir():
     os.environ.setdefault("TIKTOKEN_CACHE_DIR", str(SHARED / "tiktoken_cache"))
 
-# Small models gain nothing from threads, and lose much where others compute beside them.
+# Small models gain nothing from threads, and lose much where others compute beside them. torch
+# reads this when it is imported.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
-# A run of a second: a base of two blocks, and a memory block between them. Every step reads 64
-# tokens; the base takes 15 steps.
-SIZES = "--n_layer 2 --n_head 2 --n_embd 32 --block_size 16 --batch_size 4".split()
-TINY = [*SIZES, "--base_tokens", "1e3"]
-MIDUS = "--upscale midus --n_keys 6 --top_k 3 --d_latent 8".split()
+import torch
 
-WITH_A_DEVICE = ("train.py", "eval.py", "upscale.py", "compare.py", "analyze.py")
+from common import run_command
+from data import SPLITS
+from model import GPT, GPTConfig
 
 
 def pytest_addoption(parser):
-    parser.addoption(
-        "--long", action="store_true", help="more tries of every fault, and a soak (some minutes)"
-    )
+    parser.addoption("--long", action="store_true", help="also what takes minutes")
+
+
+@pytest.fixture
+def long(request):
+    return request.config.getoption("--long")
+
+
+@pytest.fixture(scope="session")
+def root():
+    return ROOT
 
 
 def call(monkeypatch, script, *arguments):
@@ -49,14 +55,13 @@ def call(monkeypatch, script, *arguments):
 
     On the CPU where nothing else is said: tests compare bits. Returns its exit status.
     """
-    from common import run_command
-
     words = [str(argument) for argument in arguments]
-    if script.split("/")[-1] in WITH_A_DEVICE and "--device" not in words:
+    name = Path(script).stem
+    if name in ("train", "eval", "upscale", "compare", "analyze") and "--device" not in words:
         words += ["--device", "cpu"]
     monkeypatch.setattr(sys, "argv", [script, *words])
     try:
-        run_command(importlib.import_module(Path(script).stem).main)
+        run_command(importlib.import_module(name).main)
     except SystemExit as end:
         return end.code
     return 0
@@ -64,28 +69,20 @@ def call(monkeypatch, script, *arguments):
 
 def same_weights(a, b):
     """Whether two models hold the same bits."""
-    import torch
-
     pairs = zip(a.state_dict().values(), b.state_dict().values(), strict=True)
     return all(torch.equal(x, y) for x, y in pairs)
 
 
+# ---- Faults --------------------------------------------------------------------------------------
 @contextmanager
 def full_disk(room):
     """No file may grow beyond `room` bytes, which stands for a full disk."""
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (room, hard))
     try:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (room, hard))
         yield
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-        signal.signal(signal.SIGXFSZ, handler)
-
-
-def leftovers(folder):
-    """Files that are being written, or were when their process was killed."""
-    return [name for name in os.listdir(folder) if name.endswith(".tmp")]
 
 
 @pytest.fixture(autouse=True)
@@ -102,25 +99,41 @@ def no_network(monkeypatch):
 
 
 @pytest.fixture
-def long(request):
-    """Whether the long forms of the tests are asked for."""
-    return request.config.getoption("--long")
+def server():
+    """Serves server.pages, bytes by name, at server.url. A name that ends in .cut is served without
+    its second half, as if the connection had broken.
+    """
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            name = self.path.strip("/")
+            body = self.server.pages.get(name.removesuffix(".cut"))
+            if body is None:
+                return self.send_error(404)
+            self.send_response(200)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body[: len(body) // 2] if name.endswith(".cut") else body)
+
+        def log_message(self, *args):
+            pass
+
+    # Port 0 is any that is free.
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as httpd:
+        httpd.pages = {}
+        httpd.url = f"http://127.0.0.1:{httpd.server_port}/"
+        threading.Thread(target=httpd.serve_forever, args=(0.01,), daemon=True).start()
+        yield httpd
+        httpd.shutdown()
 
 
-@pytest.fixture(scope="session")
-def root():
-    return ROOT
-
-
-# ---- Texts ---------------------------------------------------------------------------------------
+# ---- Texts and models ----------------------------------------------------------------------------
 @pytest.fixture
 def here(tmp_path, monkeypatch):
     """An empty working folder. In ./data: pydocs and pycode, but little of them.
 
     What train.py finds there it does not build. Samples are short, too.
     """
-    from model import GPT
-
     generate = GPT.generate
 
     def generate_some(self, tokens, max_new_tokens, *rest):
@@ -129,16 +142,12 @@ def here(tmp_path, monkeypatch):
     monkeypatch.setattr(GPT, "generate", generate_some)
     prose = "\n".join(topics[name] for name in sorted(topics))
     code = Path(argparse.__file__).read_text(encoding="utf-8")
-    parts = {
-        "train": slice(0, 30_000),
-        "valid": slice(30_000, 31_500),
-        "test": slice(31_500, 33_000),
-    }
+    parts = (slice(30_000), slice(30_000, 31_500), slice(31_500, 33_000))
     for name, text in (("pydocs", prose), ("pycode", code)):
         folder = tmp_path / "data" / f"{name}-{platform.python_version()}"
         folder.mkdir(parents=True)
-        for split, part in parts.items():
-            (folder / f"wiki.{split}.txt").write_text(text[part], encoding="utf-8")
+        for split, part in zip(SPLITS, parts):
+            (folder / f"{split}.txt").write_text(text[part], encoding="utf-8")
     monkeypatch.chdir(tmp_path)
     return tmp_path
 
@@ -162,62 +171,9 @@ def gpt2_vocabulary():
         pytest.skip("needs GPT-2's vocabulary; set TIKTOKEN_CACHE_DIR")
 
 
-# ---- A server ------------------------------------------------------------------------------------
-CONTENT = bytes(range(256)) * 4000
-
-
-@pytest.fixture
-def server():
-    """Serves server.pages at server.url; /file is CONTENT.
-
-    Others: /moved redirects to /file; /picky refuses Python's own agent; /wrong is as long; /short
-    hangs up half-way; /stall waits there; a number is the status of an error.
-    """
-    release = threading.Event()
-
-    class Handler(http.server.BaseHTTPRequestHandler):
-        def do_GET(self):
-            name = self.path.strip("/")
-            if name.isdigit() or name == "picky" and "Python" in self.headers["User-Agent"]:
-                return self.send_error(int(name) if name.isdigit() else 403)
-            if name == "moved":
-                self.send_response(302)
-                self.send_header("Location", "/file")
-                return self.end_headers()
-            half = CONTENT[: len(CONTENT) // 2]
-            body = {"picky": CONTENT, "wrong": b"x" * len(CONTENT), "short": half, "stall": half}
-            body = body.get(name) or self.server.pages.get(name)
-            if body is None:
-                return self.send_error(404)
-            self.send_response(200)
-            self.send_header("Content-Length", str(len(CONTENT if body is half else body)))
-            self.end_headers()
-            self.wfile.write(body)
-            self.wfile.flush()
-            if name == "stall":
-                release.wait(20)
-
-        def log_message(self, *args):
-            pass
-
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as httpd:
-        httpd.daemon_threads = True
-        httpd.pages = {"file": CONTENT}
-        httpd.url = f"http://127.0.0.1:{httpd.server_port}/"
-        threading.Thread(target=httpd.serve_forever, args=(0.01,), daemon=True).start()
-        yield httpd
-        release.set()
-        httpd.shutdown()
-
-
-# ---- For the experiments -------------------------------------------------------------------------
 @pytest.fixture
 def base():
     """A base of four blocks that all have something to say."""
-    import torch
-
-    from model import GPT, GPTConfig
-
     torch.manual_seed(0)
     model = GPT(GPTConfig(4, 2, 32, 16, 50))
     for parameter in model.parameters():
@@ -228,6 +184,4 @@ def base():
 @pytest.fixture
 def tokens():
     """Something for that base to read, (2, 16)."""
-    import torch
-
     return torch.randint(50, (2, 16), generator=torch.Generator().manual_seed(0))
