@@ -26,8 +26,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
 import common
-from bench import print_table
-from data import DATASETS, SPLITS, check_vocabulary, load_dataset, load_tokenizer
+from data import SPLITS, load_dataset, load_tokenizer
 from hml import pool
 from model import GPT, open_model
 from plot import ENDINGS, INK, check_picture, new_figure, write_picture
@@ -276,21 +275,26 @@ def draw_slots(squares: dict[str, Tensor], path: str) -> None:
 def open_with_text(path: str, args: Namespace) -> tuple[GPT, np.ndarray, tiktoken.Encoding]:
     """A model with memory, the tokens that it is to read, and its tokenizer."""
     model, info = open_model(path)
-    check_vocabulary(info["tokenizer"], model.config.vocab_size)
     if "M" not in model.config.blocks:
         raise ValueError(f"{path} has no memory blocks to look into")
-
-    # A folder that a checkpoint names may have been on another machine.
-    theirs = info.get("data_dir") or ""
-    folder = args.data_dir or (theirs if os.path.isdir(theirs) else "data")
     name = args.dataset or info.get("dataset", "pycode")
-    split = load_dataset(name, info["tokenizer"], folder, (args.split,))[args.split]
+    split = load_dataset(name, info["tokenizer"], args.data_dir)[args.split]
     tokens = split.tokens[: args.tokens + 1]
     T = model.config.block_size
     if len(tokens) <= T:
         raise ValueError(f"--tokens, and the split, must be at least a window, {T} tokens")
     print(f"{path}: {' '.join(model.config.blocks)}, {len(tokens):,} tokens of {name} {args.split}")
     return model.to(args.device).eval(), tokens, load_tokenizer(info["tokenizer"])
+
+
+def print_table(title: str, rows: list[dict]) -> None:
+    """A table in Markdown. The keys of rows are its columns."""
+    print(f"\n### {title}\n")
+    print("| " + " | ".join(rows[0]) + " |")
+    print("| --- " * len(rows[0]) + "|")
+    for row in rows:
+        cells = [f"{x:.3g}" if isinstance(x, float) else str(x) for x in row.values()]
+        print("| " + " | ".join(cells) + " |")
 
 
 def show_tables(model: GPT, tokens: np.ndarray, tokenizer: tiktoken.Encoding) -> None:
@@ -324,9 +328,9 @@ def main() -> None:
     add("--slots", type=common.new_file(*ENDINGS), help=words)
     add("--tokens", type=common.whole_number, default=32768, help="to read (default 32768)")
     add("--split", choices=SPLITS, default="valid", help="(default valid)")
-    add("--dataset", choices=DATASETS, help="(default: the one it was trained on)")
-    add("--data_dir", type=common.data_folder, help="of that (default: as in training, or ./data)")
-    add("--device", help="cpu, cuda or mps (default: the best there is)")
+    add("--dataset", help="(default: the one it was trained on)")
+    add("--data_dir", default="data", help="of downloads and caches (default ./data)")
+    add("--device", help="cpu, cuda, ... (default: a GPU if there is one)")
     args = parser.parse_args()
     args.device = common.pick_device(args.device)
     if args.slots:

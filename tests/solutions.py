@@ -19,22 +19,23 @@ class GatedMemory(HeadwiseMemory):
 
 
 def three_way_topk(first: Tensor, second: Tensor, third: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """A triple of ranks is matched or beaten by (a+1)(b+1)(c+1) triples, itself among them."""
-    n, scores = first.size(-1), (first, second, third)
-    best = [s.topk(k).indices for s in scores]  # each (..., k)
-    ranks = [
-        (a, b, c)
-        for a in range(k)
-        for b in range(k)
-        for c in range(k)
-        if (a + 1) * (b + 1) * (c + 1) <= k
-    ]
-    ranks = torch.tensor(ranks, device=first.device).unbind(1)  # three of (P,)
-    ids = [b[..., r] for b, r in zip(best, ranks)]  # each (..., P)
-    sums = sum(s.gather(-1, i) for s, i in zip(scores, ids))  # (..., P)
-    winners = sums.topk(k).indices  # (..., k)
-    a, b, c = (i.gather(-1, winners) for i in ids)  # each (..., k)
-    return sums.gather(-1, winners), (a * n + b) * n + c
+    # A triple of ranks is matched or beaten by (a+1)(b+1)(c+1) triples, itself among them.
+    n = first.size(-1)
+    triples = []
+    for a in range(k):
+        for b in range(k):
+            for c in range(k):
+                if (a + 1) * (b + 1) * (c + 1) <= k:
+                    triples.append((a, b, c))
+    ranks = torch.tensor(triples, device=first.device).unbind(1)  # three of (P,)
+
+    # The places that the triples name, and their sums.
+    scores = (first, second, third)
+    places = [s.topk(k).indices[..., r] for s, r in zip(scores, ranks)]  # each (..., P)
+    sums = sum(s.gather(-1, place) for s, place in zip(scores, places))  # (..., P)
+    best = sums.topk(k)  # of (..., k)
+    a, b, c = (place.gather(-1, best.indices) for place in places)
+    return best.values, (a * n + b) * n + c
 
 
 def share_bank(model: GPT) -> None:
@@ -44,13 +45,12 @@ def share_bank(model: GPT) -> None:
 
 
 @torch.no_grad()
-def my_method(base: GPT, n_new: int) -> GPT:
-    """Copies of the blocks below that speak softly: both output projections at a tenth."""
-    model = assemble(
-        base, *interleave(base.config.n_layer, place(base.config.n_layer, False, n_new=n_new))
-    )
+def my_method(base: GPT, n_new: int = 2) -> GPT:
+    # Copies of the blocks below that speak softly: both output projections at a tenth.
+    positions = place(base.config.n_layer, False, n_new=n_new)
+    model = assemble(base, *interleave(base.config.n_layer, positions))
     for i in model.config.new:
-        for proj in (model.h[i].attn.c_proj, model.h[i].mlp.c_proj):
-            proj.weight *= 0.1
-            proj.bias *= 0.1
+        for name, parameter in model.h[i].named_parameters():
+            if "c_proj" in name:
+                parameter *= 0.1
     return model

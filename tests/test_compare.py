@@ -1,8 +1,6 @@
-"""The comparison: what names a run, how rates are found, and one small study from end to end."""
+"""The comparison: what is asked, how rates are found, what is kept, and one small study."""
 
 import json
-import os
-import shutil
 from concurrent.futures import Future
 
 import pytest
@@ -10,28 +8,16 @@ import torch
 
 import compare
 from conftest import call
-from hml import HeadwiseMemory
 from model import GPT, GPTConfig, save_checkpoint
-from upscale import METHODS, upscale
 
-FLAGS = "--base base.pt --old_dataset text --device cpu --tokens 512 --seeds 2 --jobs 1".split()
-FLAGS += (
-    "--dtype float32 --results results.jsonl --methods llama-pro midus:n_keys=8:top_k=4".split()
-)
-# One method, with its rate: two runs, and no trials.
-SHORT = [*FLAGS[:-2], "llama-pro:lr=1e-2"]
+FLAGS = "--base base.pt --dataset new --old_dataset old --tokens 512 --seeds 2 --dtype float32"
+OF_TRAIN = ("--upscale", "midus")  # what compare.py has train.py read options after
 
 
 class HereAndNow:
     """A pool that makes runs in this process: a new one takes seconds to import torch."""
 
     def __init__(self, *args):
-        pass
-
-    def __enter__(self):
-        return self
-
-    def __exit__(self, *args):
         pass
 
     def submit(self, function, *args):
@@ -42,24 +28,27 @@ class HereAndNow:
             future.set_exception(error)
         return future
 
+    def shutdown(self, cancel_futures):
+        pass
+
 
 @pytest.fixture
 def study(tmp_path, monkeypatch):
-    """A folder with a tiny base and two texts."""
-    text = " = Title = \n the cat sat on the mat , and the dog sat on the cat . \n" * 60
-    for split in ("train", "valid", "test"):
-        (tmp_path / f"wiki.{split}.tokens").write_text(text)
-        (tmp_path / f"{split}.txt").write_text("quite another text, " * 60)
+    """A working folder with a tiny base and two texts; returns what runs compare.py there."""
+    for folder in ("new", "old"):
+        (tmp_path / folder).mkdir()
+        for split in ("train", "valid", "test"):
+            text = f"The {folder} cat sat on the {split} mat, and the dog on the cat.\n" * 40
+            (tmp_path / folder / f"{split}.txt").write_text(text)
+    monkeypatch.chdir(tmp_path)
     torch.manual_seed(0)
     base = GPT(GPTConfig(2, 2, 16, 16, 257))
-    about = {"tokenizer": "bytes", "dataset": "wikitext2", "data_dir": str(tmp_path)}
-    save_checkpoint(str(tmp_path / "base.pt"), base, **about)
-    monkeypatch.chdir(tmp_path)
+    save_checkpoint("base.pt", base, tokenizer="bytes", dataset="old")
     monkeypatch.setattr(compare, "ProcessPoolExecutor", HereAndNow)
-    monkeypatch.setattr(torch, "set_num_threads", lambda threads: None)
-    monkeypatch.setattr(compare, "LRS", (1e-3, 1e-2, 1e-1))
-    monkeypatch.setattr(compare, "MEMORY_LRS", (1e-2, 1e-1, 1.0))
-    return tmp_path
+    monkeypatch.setitem(compare.GRIDS, "lr", (1e-3, 1e-2, 1e-1))
+    compare.open_study.cache_clear()
+    compare.measure_base.cache_clear()
+    return lambda *words: call(monkeypatch, "compare.py", *FLAGS.split(), *words)
 
 
 def lines():
@@ -67,171 +56,155 @@ def lines():
         return [json.loads(line) for line in file]
 
 
+# ---- A study -------------------------------------------------------------------------------------
 def test_a_study_is_made_once_and_read_again(study, monkeypatch, capsys):
-    assert call(monkeypatch, "compare.py", *FLAGS) == 0
+    methods = ("--methods", "llama-pro", "midus:n_keys=8:top_k=4:memory_lr=0.1")
+    assert study(*methods) == 0
     first = capsys.readouterr().out
-    assert "| llama-pro: two copies" in first and "| the base |" in first
 
-    # Trials on seed 0 and validation text, finals on seeds 1 and 2 and the test splits.
+    # Trials on seed 0 and validation text; what counts on seeds 1 and 2, at the best rate.
     runs = lines()
-    finals = [run for run in runs if run["split"] == "test"]
-    assert sorted((run["method"], run["seed"]) for run in finals) == [
-        ("llama-pro", 1),
-        ("llama-pro", 2),
-        ("midus", 1),
-        ("midus", 2),
-    ]
-    assert all(run["seed"] == 0 for run in runs if run["split"] == "valid")
-    assert {*finals[0]["end"]} == {"new", "old"}
-
-    # The rates of the finals are those of the best trials.
+    assert {run["seed"] for run in runs if run["split"] == "valid"} == {0}
     for method in ("llama-pro", "midus"):
-        trials = [run for run in runs if run["split"] == "valid" and run["method"] == method]
+        own = [run for run in runs if run["method"] == method]
+        trials = [run for run in own if run["split"] == "valid"]
+        finals = [run for run in own if run["split"] == "test"]
         best = min(trials, key=lambda run: run["end"]["new"])
-        (lr,) = {run["lr"] for run in finals if run["method"] == method}
-        assert lr == best["lr"]
+        assert {(run["seed"], run["lr"]) for run in finals} == {(1, best["lr"]), (2, best["lr"])}
+        assert {*finals[0]["before"]} == {*finals[0]["end"]} == {"new", "old"}
 
-    # Nothing is made again, even if a crash has cut the last line.
-    with open("results.jsonl", "a") as file:
-        file.write('{"base": "cut')
-    assert call(monkeypatch, "compare.py", *FLAGS) == 0
+    # Nothing is made again, and the table is the same.
+    assert study(*methods) == 0
     again = capsys.readouterr().out
-    assert len(lines()) == len(runs)  # the cut line is gone
-    assert "to make" not in again and again.split("token-level")[1] == first.split("token-level")[1]
+    assert len(lines()) == len(runs) and "0 runs to make" in again
+    assert again.split("are there, on")[1] == first.split("are there, on")[1]
+
+    # Other code makes its own.
+    monkeypatch.setattr(compare, "hash_of_code", lambda: "other")
+    assert study(*methods) == 0
+    assert len(lines()) == 2 * len(runs)
 
 
-def test_a_changed_method_is_made_anew_or_read_as_stale(study, monkeypatch, capsys):
-    assert call(monkeypatch, "compare.py", *SHORT) == 0
-    count = len(lines())
-    monkeypatch.setattr(compare, "hash_of_code", lambda name: "other")
-    assert call(monkeypatch, "compare.py", *SHORT, "--stale") == 0
-    assert len(lines()) == count
-    capsys.readouterr()
-    assert call(monkeypatch, "compare.py", *SHORT) == 0
-    assert "made by other code; --stale would read them" in capsys.readouterr().out
-    assert len(lines()) > count
+def test_a_run_that_fails_does_not_take_others_with_it(study, monkeypatch, capsys):
+    train = compare.train.train
+
+    def fail_at_seed_1(model, settings, *rest):
+        if settings.seed == 1:
+            raise OSError("a fault")
+        train(model, settings, *rest)
+
+    monkeypatch.setattr(compare.train, "train", fail_at_seed_1)
+    assert study("--methods", "llama-pro:lr=1e-2") == 1
+    assert "a fault" in capsys.readouterr().err
+    assert [run["seed"] for run in lines()] == [2]
 
 
-def test_runs_on_another_base_are_not_read(study, monkeypatch, capsys):
-    assert call(monkeypatch, "compare.py", *SHORT) == 0
-    others = [dict(run, base="of another machine") for run in lines()]
-    with open("results.jsonl", "w") as file:
-        file.writelines(json.dumps(run) + "\n" for run in others)
-    capsys.readouterr()
-    assert call(monkeypatch, "compare.py", *SHORT) == 0
-    assert f"the {len(others)} runs in it are on other bases" in capsys.readouterr().out
-    assert len(lines()) == 2 * len(others)
+def test_what_trains(study):
+    """LoRA trains what it adds; `none` the blocks that llama-pro would copy, or the base whole."""
+    words = ("lora:rank=2:lr=1e-2", "none:lr=1e-2", "none:train=all:lr=1e-2")
+    assert study("--methods", *words, "--seeds", "1") == 0
+    block = 12 * 16 * 16 + 13 * 16
+    whole = 2 * block + (257 + 16) * 16 + 2 * 16
+    pairs = 2 * 2 * (64 + 32 + 80 + 80)  # two blocks, rank 2, inputs and outputs of four matrices
+    found = {(run["method"], run["train"]): (run["trained"], run["added"]) for run in lines()}
+    assert found == {
+        ("lora", "new"): (pairs, pairs),
+        ("none", "new"): (block, 0),
+        ("none", "all"): (whole, 0),
+    }
 
 
-def test_a_changed_text_is_another_run(study, monkeypatch):
-    """Whichever split has changed: test.txt of the old text too."""
-    assert call(monkeypatch, "compare.py", *SHORT) == 0
-    count = len(lines())
-    (study / "test.txt").write_text("not what it was, " * 60)
-    assert call(monkeypatch, "compare.py", *SHORT) == 0
-    assert len(lines()) == 2 * count
-
-
-def test_the_hash_sees_code_and_no_prose(tmp_path, monkeypatch):
-    root = compare.ROOT
-    for file in ("hml.py", "model.py", "upscale.py", "train.py"):
-        shutil.copyfile(os.path.join(root, file), tmp_path / file)
-    (tmp_path / "experiments").mkdir()
-    shutil.copyfile(
-        os.path.join(root, "experiments/methods.py"), tmp_path / "experiments/methods.py"
-    )
-    names = ("llama-pro", "pkm", "lesa")
-    monkeypatch.setattr(compare.inspect, "getsourcefile", lambda function: "upscale.py")
-    monkeypatch.setattr(compare, "ROOT", str(tmp_path))
-    before = {name: compare.hash_of_code(name) for name in names}
-
-    def changed(file, old, new):
-        text = (tmp_path / file).read_text()
-        assert old in text
-        (tmp_path / file).write_text(text.replace(old, new, 1))
-        after = {name: compare.hash_of_code(name) for name in names}
-        (tmp_path / file).write_text(text)
-        return [name for name in names if after[name] != before[name]]
-
-    assert changed("hml.py", "The k largest of", "Of all the k largest of") == []
-    assert changed("hml.py", "# (..., n), worst first", "# worst first") == []
-    assert changed("train.py", "0.1 + 0.45", "0.2 + 0.4") == [*names]
-    assert changed("upscale.py", "    silence(model.h[i])", "    pass") == ["llama-pro"]
-    assert changed("experiments/methods.py", 'values="plain"', 'values="hive"') == ["pkm"]
-    assert changed("experiments/methods.py", "lr=1e-3", "lr=2e-3") == ["lesa"]
-
-
-@pytest.mark.parametrize("best, made", [(2, [1, 2, 3]), (3, [1, 2, 3, 4]), (4, [1, 2, 3, 4])])
+@pytest.mark.parametrize("best, made", [(2e-3, 4), (3e-3, 3), (2e-2, 5)])
 def test_a_search_for_a_rate_stops_between_two_worse_ones(best, made):
-    class Found:
-        runs = {}
+    class Study:
+        def __init__(self):
+            self.runs = []
 
-        def find(self, run):
-            return self.runs.get(run["lr"])
+        def find(self, asked):
+            return next((run for run in self.runs if compare.matches(run, asked)), None)
 
-    results = Found()
-    results.runs = {}
-
-    def make(missing):
-        for run in missing:
-            results.runs[run["lr"]] = {"end": {"new": abs(run["lr"] - best)}}
-
-    trials = {"method": {lr: {"lr": lr} for lr in (0, 1, 2, 3, 4)}}
-    assert compare.search(trials, results, make) == {"method": best}
-    assert sorted(results.runs) == made
+    study = Study()
+    asked = {"method": "llama-pro", "memory_lr": None}
+    while trials := compare.next_trials(asked, study):
+        study.runs += [trial | {"end": {"new": abs(trial["lr"] - best)}} for trial in trials]
+    assert asked["lr"] == best and len(study.runs) == made
 
 
-def test_multiplications_are_counted():
-    """Against the layer's own sizes: every matrix once, of the bank what is read."""
-    base = GPT(GPTConfig(2, 2, 16, 16, 257))
-    model = upscale(base, "midus", n_new=1, n_keys=8, top_k=4, d_latent=6, query="token")
-    attention = 16 * 3 * 16 + 16 * 16
-    scores = 2 * 2 * 8 * 4
-    pooling_and_projection = 2 * 4 * 6 + 2 * 6 * 8
-    assert compare.multiplications(model) == attention + scores + pooling_and_projection
-    assert compare.multiplications(upscale(base, "llama-pro", n_new=1)) == 12 * 16 * 16
-    memory = HeadwiseMemory(2, 8, 8, 4, 6)
-    assert memory.product_keys.keys.numel() == scores
+# ---- Methods -------------------------------------------------------------------------------------
+def test_options_are_read_as_flags_of_train():
+    asked = compare.read_method("midus:query=token:residual=yes:positions=1,3:lr=3e-3", OF_TRAIN)
+    assert asked["options"] == {"query": "token", "residual": True, "positions": [1, 3]}
+    assert asked["lr"] == 3e-3 and "memory_lr" not in asked and asked["train"] == "new"
 
 
-def test_methods_are_read_from_words():
-    name, options = compare.read_method("midus:query=token:n_keys=64:positions=1,3:lr=3e-3")
-    assert name == "midus"
-    assert options == {"query": "token", "n_keys": 64, "positions": [1, 3], "lr": 0.003}
-    assert compare.read_method("solar:n_new=2:train=all")[1] == {"n_new": 2, "train": "all"}
-    for words in ("magic", "solar:every=2", "midus:n_keys", "none:n_keys=3"):
-        with pytest.raises(ValueError, match="--methods"):
-            compare.read_method(words)
+@pytest.mark.parametrize(
+    "words, says",
+    [
+        ("magic", "invalid choice: 'magic'"),
+        ("midus:n_keys=x", "--n_keys: invalid"),
+        ("midus:lr=-1", "-1 is not a number of at least 0"),
+        ("solar:query=token", "solar takes n_new"),
+        ("midus:top_k=1", "top_k must lie between 2"),
+    ],
+)
+def test_a_mistake_gets_one_sentence(words, says, study, capsys):
+    assert study("--methods", words) == 2
+    error = capsys.readouterr().err
+    assert says in error and len(error.splitlines()) == 1
 
 
-def test_every_row_of_every_table_can_be_built():
-    base = GPT(GPTConfig(4, 4, 128, 16, 257))
-    for table in compare.TABLES.values():
-        for row in table:
-            name, options = compare.read_method(row.method)
-            if name not in ("lesa", "opt-deus"):  # these compute for seconds
-                model, what = compare.build(base, name, options)
-                assert what == "new" or name == "none"
-                assert options.get("lr", 0) == 0 or options["lr"] < 1
+def test_rows_add_what_stored_runs_have_added():
+    """Every row of every table can be built, and its sizes are those on the pages."""
+    runs = [compare.as_today(run) for run in compare.read_runs(compare.STUDY)]
+    with torch.device("meta"):
+        base = GPT(GPTConfig(4, 4, 128, 64, 257))
+        for row in (row for table in compare.TABLES.values() for row in table):
+            asked = compare.read_method(row.method, OF_TRAIN)
+            if asked["method"] in ("lesa", "opt-deus"):  # these need numbers
+                continue
+            model = compare.build(base, asked["method"], asked["options"], asked["train"])
+            added = sum(p.numel() for p in model.parameters()) - 834_432
+            more = compare.multiplications(model) - compare.multiplications(base)
+            for run in compare.pick(asked, runs, "test")[0]:
+                assert (run["added"], run["multiplications"]) == (added, more), row.words
 
 
-def test_a_row_added_to_the_table_is_compared(study, monkeypatch, capsys):
-    monkeypatch.setitem(METHODS, "mine", METHODS["llama-pro"])
-    assert call(monkeypatch, "compare.py", *FLAGS[:-2], "mine:lr=1e-2") == 0
-    assert "| mine:lr=1e-2 |" in capsys.readouterr().out
+# ---- Results -------------------------------------------------------------------------------------
+def test_a_file_of_results_is_only_appended_to(study, tmp_path, capsys):
+    path = tmp_path / "some.jsonl"
+    compare.append_run(path, {"code": "a"})
+    cut = path.read_text() + '{"code": "cu'
+    path.write_text(cut)
+    compare.append_run(path, {"code": "b"})
+    assert compare.read_runs(path) == [{"code": "a"}, {"code": "b"}]
+    assert path.read_text().startswith(cut + "\n")
+
+    # A foreign file is refused.
+    path.write_text("something else\n")
+    assert study("--methods", "none:lr=1e-2", "--results", path) == 2
+    assert "is no file of results" in capsys.readouterr().err
+    assert path.read_text() == "something else\n"
 
 
-def test_what_cannot_be_is_refused(study, monkeypatch, capsys):
-    assert call(monkeypatch, "compare.py", "elsewhere") == 2
-    assert "there is no table elsewhere" in capsys.readouterr().err
-    for words, sentence in (
-        (["--methods", "midus:top_k=1"], "top_k must lie between 2"),
-        (["--methods", "magic"], "magic is none of"),
-        (["--base", "none.pt"], "there is no checkpoint"),
-        (["--results", "base.pt"], "must end in .jsonl"),
-    ):
-        assert call(monkeypatch, "compare.py", *FLAGS, *words) == 2
-        assert sentence in capsys.readouterr().err
-    (study / "results.jsonl").write_text('{"a": 1}\nno\n')
-    assert call(monkeypatch, "compare.py", *FLAGS) == 2
-    assert "is not a results file" in capsys.readouterr().err
+def test_stored_runs_give_the_figures_of_the_pages(monkeypatch, capsys):
+    assert call(monkeypatch, "compare.py", "--stored", "pair", "query") == 0
+    out = capsys.readouterr().out
+    assert "| 393,760 | 163,072 | 12,831 | 0.003, 0.1 | 5.301 ± 0.013 | 6.920 ± 0.058 |" in out
+    assert "| 4.849 ± 0.008 | 5.808 ± 0.027 | 0.216 | 0.128 | 68% | 17% / 20% |" in out
+    assert "54 of 54 runs were made by other code than today's" in out
+
+
+def test_where_copies_learned_nothing_there_is_no_gain(capsys):
+    run = {"method": "llama-pro", "options": {}, "train": "new", "tokens": 1, "added": 1}
+    run |= {"multiplications": 1, "tokens_per_second": 1.0, "lr": 1.0, "memory_lr": None}
+    run |= {"before": {"new": 4.0}, "end": {"new": 5.0}}
+    compare.print_table([compare.Row("", "copies", "llama-pro")], {"llama-pro": [run]})
+    assert "| 5.000 |  | -0.223 |  |  |  |" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("table", ["main", "size"])
+def test_pictures(table, tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib", reason="needs matplotlib")
+    picture = tmp_path / "picture.svg"
+    assert call(monkeypatch, "compare.py", "--stored", table, "--plot", picture) == 0
+    assert picture.read_text().endswith("</svg>\n")
