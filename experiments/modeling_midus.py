@@ -7,8 +7,8 @@ This file and hml.py travel with a model's weights, so that
     AutoModelForCausalLM.from_pretrained(FOLDER, trust_remote_code=True)
 
 needs nothing else. config.json says what stands where: `new_layers` lists the memory layers by
-their index in the stack, from 0, and `midus` has their sizes. (They are nested there because a
-`top_k` at the top would be read as a setting of generate.)
+their index in the stack, from 0, and `midus` has their sizes and their form. (They are nested there
+because a `top_k` at the top would be read as a setting of generate.)
 
 To add a family: import its class, add a class of two lines and its entry to the last section, and a
 small config of it to FAMILIES in tests/test_hub.py. That test fills the bank and compares, since
@@ -17,7 +17,7 @@ layers take hidden_states first and return a tensor, and have a norm before atte
 returns a tuple, takes its keyword arguments from the layer, has its place in the cache in
 `layer_idx`, and ends in one output projection; heads times their width is hidden_size (true of
 Qwen3 1.7B, not of 0.6B). If its parts have other names, add them to the tuples in `parts` and
-`decoder_layers`, and for llama-pro in hub.py's `output_projections`.
+`decoder_layers`, and to that in hub.py's `silence`.
 
 Not here: the memory layers in `output_hidden_states` and `output_attentions`, and in gradient
 checkpointing; transformers finds its own layers alone.
@@ -70,22 +70,24 @@ def parts(layer: nn.Module) -> tuple[nn.Module, nn.Module, str]:
 
 # ---- The memory layer ----------------------------------------------------------------------------
 class MemoryLayer(nn.Module):
-    """x + HML(query), where query comes from a decoder layer's norm and attention.
+    """model.py's MemoryBlock, made of a decoder layer; (B, T, C) -> (B, T, C).
 
     layer: the decoder layer whose norm and attention this one takes over (not copies); its
-    feed-forward part is left out. config.midus: the sizes of HeadwiseMemory, and query, "head" or
-    "token":
+    feed-forward part is left out. config.midus: the sizes of HeadwiseMemory, and
 
-        head    a head asks with its own output; the output projection is removed (as published)
-        token   a head asks with its slice of x + attention, output projection included
+        query       what a head asks with: "head", its own output, and the output projection is
+                    removed (as published); "token", its slice of x + attention
+        residual    whether attention is added to x beside the memory; needs query "token"
 
-    Nothing passes around the memory but x, so a bank of zeros makes this layer the identity.
+    A bank of zeros adds zeros. So this layer starts as the identity; with residual it does if
+    attention's output projection starts at zero as well, which hub.py sees to.
     """
 
     def __init__(self, layer: nn.Module, config):
         super().__init__()
         sizes = dict(config.midus)
         self.query = sizes.pop("query")
+        self.residual = sizes.pop("residual", False)
         self.norm, self.attention, output = parts(layer)
 
         # With Identity for its output projection attention returns the heads' outputs side by side.
@@ -97,10 +99,10 @@ class MemoryLayer(nn.Module):
     def forward(self, hidden_states: Tensor, *args, **kwargs) -> Tensor:
         """hidden_states (B, T, C) -> (B, T, C). All else goes to attention: mask, cache, ..."""
         attended = self.attention(self.norm(hidden_states), *args, **kwargs)[0]  # (B, T, C)
-        if self.query == "token":
-            attended = hidden_states + attended
-        heads = attended.unflatten(-1, (self.memory.n_head, -1))  # (B, T, H, d_h)
-        return hidden_states + self.memory(heads)
+        asking = attended if self.query == "head" else hidden_states + attended
+        heads = asking.unflatten(-1, (self.memory.n_head, -1))  # (B, T, H, d_h)
+        stream = asking if self.residual else hidden_states
+        return stream + self.memory(heads)
 
 
 class WithMemory:
