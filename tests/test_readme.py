@@ -131,6 +131,6 @@ def test_figures_of_the_output_are_those_of_the_table():
     text = text_of("README.md")
     table = "".join(line for line in text.splitlines() if line.startswith("| "))
     (output,) = re.findall(r"```\nthe first 100,000(.*?)```", text, re.S)
-    (end,) = re.findall(r"^midus, end .*", output, re.M)
+    (end,) = re.findall(r"^midus, end  .*", output, re.M)
     code, _, documentation, _ = re.findall(r"\d+\.\d{4}", end)
     assert f"| {float(code):.2f} | {float(documentation):.2f} |" in table
