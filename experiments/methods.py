@@ -1,5 +1,5 @@
 """
-More ways to deepen a model, for the programs in this folder: rows for upscale.py's METHODS.
+More ways to extend a model, for compare.py: rows for upscale.py's METHODS.
 
 Copies of blocks. Of these only opt-deus starts as exactly the base; the others start worse and
 recover. Published with the new blocks alone trained: opt-deus; with everything trained: stack,
@@ -11,11 +11,16 @@ lesa.
 
 Variants of the memory block, and parts of a block alone. All start as exactly the base.
 
-    variant        midus's block with every choice open
-    pkm            the block with a product-key memory for its FFN     Lample et al. 2019
-    memory-alone   no attention: the memory is asked with the token itself
-    attention      no memory and no FFN: what attention alone brings
-    feed-forward   no attention: what the other half of a copied block brings
+    variant          midus with other queries, values, banks
+    hybrid-one-bank  upscale.py's hybrid, whose blocks share one bank
+    pkm              the block with a product-key memory for its FFN     Lample et al. 2019
+    memory-alone     no attention: the memory is asked with the token itself
+    attention        no memory and no FFN: what attention alone brings
+    feed-forward     no attention: what the other half of a copied block brings
+
+No new block. It starts as exactly the base.
+
+    lora             two thin matrices beside every matrix of a block    arXiv 2106.09685
 
 Whoever imports this file can name them: upscale(base, "pkm"). Shape names: see hml.py.
 """
@@ -30,29 +35,47 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
-from hml import HIVE, pool
+import common
+from hml import HIVE, ProductKeys, pool
 from model import GPT, GPTConfig, MemoryBlock, TransformerBlock
-from upscale import METHODS, PLACEMENT, Method, assemble, interleave, midus, place, silence
+from upscale import (
+    MEMORY,
+    METHODS,
+    N_NEW,
+    PLACEMENT,
+    SIZES,
+    Method,
+    Option,
+    assemble,
+    interleave,
+    llama_pro,
+    midus,
+    place,
+    silence,
+    yes_or_no,
+)
 
 
 # ---- Copies --------------------------------------------------------------------------------------
-def gaps_of_top_half(n_layer: int, n_new: int) -> list[int]:
+def gaps_of_top_half(n_layer: int, n_new: int | None = None) -> list[int]:
     """Positions for n_new blocks, each between two of the base, spread over the top half.
 
-    Below it only when that is full. (The published scripts cannot place 5 or 8 blocks into 12.)
-    Raises ValueError if there are too few gaps.
+    By default half as many as the base has. Below the top half only when that is full. (The
+    published scripts cannot place 5 or 8 blocks into 12.) Raises ValueError if there are too few
+    gaps.
 
     >>> gaps_of_top_half(6, 3), gaps_of_top_half(12, 2), gaps_of_top_half(12, 8)
     ([3, 4, 5], [7, 10], [4, 5, 6, 7, 8, 9, 10, 11])
     """
+    n_new = max(1, n_layer // 2) if n_new is None else n_new
     if not 1 <= n_new < n_layer:
         wanted = f"at least 1 and less than {n_layer}, the number of blocks"
         raise ValueError(f"n_new must be {wanted}; got {n_new}")
-    first = min(n_layer // 2, n_layer - n_new)
+    first = min(n_layer // 2, n_layer - n_new)  # blocks below all new ones, at least
     return [first + (2 * i + 1) * (n_layer - first) // (2 * n_new) for i in range(n_new)]
 
 
-def stack(base: GPT, n_new: int) -> GPT:
+def stack(base: GPT, n_new: int | None = None) -> GPT:
     """Copies that stay as they are, each right behind its original. Not the base at start."""
     positions = place(base.config.n_layer, False, n_new=n_new)
     sources, new = interleave(base.config.n_layer, positions)
@@ -60,7 +83,9 @@ def stack(base: GPT, n_new: int) -> GPT:
 
 
 def between(
-    base: GPT, n_new: int, make: Callable[[TransformerBlock, TransformerBlock], TransformerBlock]
+    base: GPT,
+    n_new: int | None,
+    make: Callable[[TransformerBlock, TransformerBlock], TransformerBlock],
 ) -> GPT:
     """The base with make(block below, block above), a TransformerBlock, in gaps of the top half."""
     positions = gaps_of_top_half(base.config.n_layer, n_new)
@@ -136,7 +161,7 @@ def align(first: TransformerBlock, second: TransformerBlock) -> TransformerBlock
     return block
 
 
-def opt_deus(base: GPT, n_new: int) -> GPT:
+def opt_deus(base: GPT, n_new: int | None = None) -> GPT:
     """The mean of a block and of the one below aligned to it, silent at first: the base at start.
 
     The published entropic weight, 0.06, is not relative to the cost. Rows of small GPTs lie so
@@ -195,7 +220,7 @@ def predict_between(slices: Tensor, gaps: list[int], share: float = 5e-4) -> Ten
     return out.transpose(1, 2) * scale  # (gaps, r, in)
 
 
-def lesa(base: GPT, n_new: int) -> GPT:
+def lesa(base: GPT, n_new: int | None = None) -> GPT:
     """Each matrix of a new block is predicted from those of its neighbours. Not the base at start.
 
     Biases and norms are those of the block below [choice: LLaMA, for which it was published, has no
@@ -221,7 +246,98 @@ def lesa(base: GPT, n_new: int) -> GPT:
     return model
 
 
+# ---- Parts of a block ----------------------------------------------------------------------------
+# They stand where midus puts its blocks.
+class Half(nn.Module):
+    """x + f(LN(x)): half of a transformer block. (B, T, C)."""
+
+    def __init__(self, norm: nn.Module, f: nn.Module):
+        super().__init__()
+        self.norm = norm
+        self.f = f
+
+    def forward(self, x: Tensor, tokens: Tensor) -> Tensor:
+        return x + self.f(self.norm(x))
+
+
+def attention(base: GPT, **placement) -> GPT:
+    """A copied block without its FFN, silent at first."""
+    model = llama_pro(base, place(base.config.n_layer, True, **placement))
+    for i in model.config.new:
+        model.h[i] = Half(model.h[i].ln_1, model.h[i].attn)
+    return model
+
+
+def feed_forward(base: GPT, **placement) -> GPT:
+    """A copied block without its attention, silent at first."""
+    model = llama_pro(base, place(base.config.n_layer, True, **placement))
+    for i in model.config.new:
+        model.h[i] = Half(model.h[i].ln_2, model.h[i].mlp)
+    return model
+
+
+class MemoryAlone(nn.Module):
+    """x + HML(Q LN2(x)), with a new matrix Q. (B, T, C)."""
+
+    def __init__(self, block: MemoryBlock, below: TransformerBlock, config: GPTConfig):
+        """block: midus's, which this one replaces; below: the block before it."""
+        super().__init__()
+        self.ln_2 = copy.deepcopy(below.ln_2)
+        self.own_query = nn.Linear(config.n_embd, config.n_embd)
+        self.memory = block.memory
+
+    def ask(self, x: Tensor) -> Tensor:
+        query = self.own_query(self.ln_2(x))  # (B, T, C)
+        return self.memory(query.unflatten(-1, (self.memory.n_head, -1)))  # (B, T, C)
+
+    def forward(self, x: Tensor, tokens: Tensor) -> Tensor:
+        return x + self.ask(x)
+
+
+def memory_alone(base: GPT, **options) -> GPT:
+    """A memory of the token, without attention; options as midus's."""
+    model = midus(base, **options)
+    for i in model.config.new:
+        model.h[i] = MemoryAlone(model.h[i], model.h[i - 1], model.config)
+    return model.to(base.wte.weight)
+
+
 # ---- Variants of the memory block ----------------------------------------------------------------
+class OwnQuery(MemoryAlone):
+    """The same after attention: x + HML(Q LN2(x + Attn(LN1(x)))). (B, T, C)."""
+
+    def __init__(self, block: MemoryBlock, below: TransformerBlock, config: GPTConfig):
+        super().__init__(block, below, config)
+        self.residual = config.residual
+        self.ln_1 = block.ln_1
+        self.attn = block.attn
+
+    def forward(self, x: Tensor, tokens: Tensor) -> Tensor:
+        after = x + self.attn(self.ln_1(x))
+        return (after if self.residual else x) + self.ask(after)
+
+
+class HeadQueryAndBranch(MemoryBlock):
+    """midus's block with the head query, and attention's own branch beside it. (B, T, C)."""
+
+    def __init__(self, block: MemoryBlock, config: GPTConfig):
+        super().__init__(config)
+        self.load_state_dict(block.state_dict())
+        self.c_proj = nn.Linear(config.n_embd, config.n_embd)
+        silence(self)
+
+    def forward(self, x: Tensor, tokens: Tensor) -> Tensor:
+        heads = self.attn(self.ln_1(x))  # (B, T, H, d_h)
+        return x + self.c_proj(heads.flatten(2)) + self.memory(heads)
+
+
+class NormalisedKeys(ProductKeys):
+    """Product keys that bring queries to mean 0 and variance 1 first, without learned weights."""
+
+    def forward(self, query: Tensor) -> tuple[Tensor, Tensor]:
+        return super().forward(F.layer_norm(query.float(), query.shape[-1:]))
+
+
 class PlainValues(HIVE):
     """Entries of width C, added to the stream as they are; there is nothing to project."""
 
@@ -261,96 +377,52 @@ class OneProjection(HIVE):
 VALUES = {"plain": PlainValues, "head-tables": HeadTables, "one-w": OneProjection}
 
 
-class VariantBlock(nn.Module):
-    """A memory block with every choice open: x + [P a] + memory(query). (B, T, C).
-
-    a are the outputs of attention's heads on LN1(x), P is attention's output projection.
-
-    query: what the memory is asked with, one slice per head
-        head    a itself, without P                   midus with query="head"
-        token   x + P a, so that it knows the token   midus with query="token"
-        own     Q LN2(x + P a), with a new matrix Q   as product-key memories do
-    residual: whether P a is added to x beside the memory, as in a transformer block; P then starts
-        at zero, so that the block starts as the base. With query="token" this is a copied block
-        whose FFN is replaced by a memory: the abstract's sentence taken literally.
-    values: hive, or one of VALUES
-    """
-
-    def __init__(
-        self,
-        block: MemoryBlock,
-        below: TransformerBlock,
-        config: GPTConfig,
-        query: str,
-        residual: bool,
-        values: str,
-    ):
-        """block: midus's, which this one replaces; below: the block before it."""
-        super().__init__()
-        self.query = query
-        self.residual = residual
-
-        # Attention, with an output projection where something needs one.
-        self.ln_1 = block.ln_1
-        self.attn = block.attn
-        if residual or query != "head":
-            self.c_proj = copy.deepcopy(below.attn.c_proj)
-        if residual:
-            for parameter in self.c_proj.parameters():
-                nn.init.zeros_(parameter)
-        if query == "own":
-            self.ln_2 = copy.deepcopy(below.ln_2)
-            self.own_query = nn.Linear(config.n_embd, config.n_embd)
-
-        # The memory, with other values in it.
-        self.memory = block.memory
-        if values != "hive":
-            self.memory.hive = VALUES[values](config)
-
-    def forward(self, x: Tensor, cache: dict | None = None) -> Tensor:
-        heads = self.attn(self.ln_1(x), cache)  # (B, T, H, d_h)
-        attended = x
-        if hasattr(self, "c_proj"):
-            attended = x + self.c_proj(heads.flatten(2))  # (B, T, H, d_h) -> (B, T, C)
-
-        # What the memory is asked with.
-        if self.query == "head":
-            query = heads
-        elif self.query == "token":
-            query = attended.view_as(heads)  # (B, T, C) -> (B, T, H, d_h)
-        else:
-            query = self.own_query(self.ln_2(attended)).view_as(heads)
-        return (attended if self.residual else x) + self.memory(query)
-
-
 def variant(
     base: GPT,
     query: str = "head",
     residual: bool = False,
     values: str = "hive",
     shared: bool = False,
-    key_scale: float = 1.0,
+    query_norm: bool = False,
     **options,
 ) -> GPT:
-    """A VariantBlock wherever midus puts a memory block; options: places and sizes, as midus's.
+    """midus with more to choose from; the other options are midus's.
 
-    shared: one bank for all memory blocks. key_scale: the keys start so many times larger, which
-    makes the weights of a read less alike. Raises ValueError for an unknown query or values.
+    query: head, token, or own, see OwnQuery. residual: with any query. values: hive, or one of
+    VALUES. shared: one bank for all memory blocks. query_norm: see NormalisedKeys. Raises
+    ValueError for unknown values.
     """
-    if query not in ("head", "token", "own") or values not in ("hive", *VALUES):
-        choices = f"query head, token or own, values hive, {', '.join(VALUES)}"
-        raise ValueError(f"variant takes {choices}; not {query}, {values}")
-    model = midus(base, **options)
+    if values not in ("hive", *VALUES):
+        raise ValueError(f"values must be hive, {', '.join(VALUES)}; not {values}")
+
+    # midus has the token query with and without attention's branch, the head query without it.
+    of_midus = {"query": "token" if query == "own" else query}
+    of_midus["residual"] = residual and query != "head"
+    model = midus(base, **of_midus, **options)
     for i in model.config.new:
-        block = VariantBlock(model.h[i], model.h[i - 1], model.config, query, residual, values)
-        with torch.no_grad():
-            block.memory.product_keys.keys.mul_(key_scale)
-        model.h[i] = block
-    if shared:
-        first, *rest = (model.h[i].memory.hive for i in model.config.new)
-        for hive in rest:
-            hive.bank = first.bank
+        if query == "own":
+            model.h[i] = OwnQuery(model.h[i], model.h[i - 1], model.config)
+        if query == "head" and residual:
+            model.h[i] = HeadQueryAndBranch(model.h[i], model.config)
+
+    # What is inside the memories.
+    memories = [model.h[i].memory for i in model.config.new]
+    for memory in memories:
+        if query_norm:
+            keys = memory.product_keys
+            sizes = (memory.n_head, memory.head_dim, model.config.n_keys, model.config.top_k)
+            memory.product_keys = NormalisedKeys(*sizes)
+            memory.product_keys.load_state_dict(keys.state_dict())
+        if values != "hive":
+            memory.hive = VALUES[values](model.config)
+        if shared:
+            memory.hive.bank = memories[0].hive.bank
     return model.to(base.wte.weight)
+
+
+def hybrid_one_bank(base: GPT, **options) -> GPT:
+    """upscale.py's hybrid, with one bank for all its blocks."""
+    return variant(base, query="token", residual=True, key_scale=3.0, shared=True, **options)
 
 
 def pkm(base: GPT, **options) -> GPT:
@@ -362,73 +434,55 @@ def pkm(base: GPT, **options) -> GPT:
     return variant(base, query="own", residual=True, values="plain", **options)
 
 
-# ---- One part alone ------------------------------------------------------------------------------
-class MemoryAlone(nn.Module):
-    """x + HML(Q LN2(x)), with a new matrix Q. (B, T, C)."""
+# ---- LoRA ----------------------------------------------------------------------------------------
+class LowRank(nn.Module):
+    """W x + B A x: a linear layer, and beside it two thin matrices. It starts with B at zero."""
 
-    def __init__(self, block: MemoryBlock, below: TransformerBlock, config: GPTConfig):
+    def __init__(self, linear: nn.Linear, rank: int):
         super().__init__()
-        self.ln_2 = copy.deepcopy(below.ln_2)
-        self.own_query = nn.Linear(config.n_embd, config.n_embd)
-        self.memory = block.memory
+        self.linear = linear
+        self.A = nn.Linear(linear.in_features, rank, bias=False)
+        self.B = nn.Linear(rank, linear.out_features, bias=False)
+        nn.init.zeros_(self.B.weight)
 
-    def forward(self, x: Tensor, cache: dict | None = None) -> Tensor:
-        query = self.own_query(self.ln_2(x))  # (B, T, C)
-        return x + self.memory(query.unflatten(-1, (self.memory.n_head, -1)))
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(x) + self.B(self.A(x))
 
 
-def memory_alone(base: GPT, **options) -> GPT:
-    """A memory of the token, without attention; options as midus's."""
-    model = midus(base, **options)
-    for i in model.config.new:
-        model.h[i] = MemoryAlone(model.h[i], model.h[i - 1], model.config)
+def lora(base: GPT, rank: int = 48) -> GPT:
+    """A and B beside every matrix of every block; all else is frozen.
+
+    Published with a factor before B A, alpha / rank, which is 1 here [choice].
+    """
+    model = assemble(base, sources=list(range(base.config.n_layer)), new=[])
+    model.requires_grad_(False)
+    for block in model.h:
+        block.attn.c_attn = LowRank(block.attn.c_attn, rank)
+        block.attn.c_proj = LowRank(block.attn.c_proj, rank)
+        block.mlp.c_fc = LowRank(block.mlp.c_fc, rank)
+        block.mlp.c_proj = LowRank(block.mlp.c_proj, rank)
     return model.to(base.wte.weight)
 
 
-class Half(nn.Module):
-    """x + f(LN(x)): half of a copied block, silent at first. (B, T, C)."""
-
-    def __init__(self, norm: nn.Module, f: nn.Module):
-        super().__init__()
-        self.norm = copy.deepcopy(norm)
-        self.f = copy.deepcopy(f)
-        for parameter in self.f.c_proj.parameters():
-            nn.init.zeros_(parameter)
-
-    def forward(self, x: Tensor, cache: dict | None = None) -> Tensor:
-        return x + self.f(self.norm(x))
-
-
-def attention(base: GPT, **options) -> GPT:
-    """A copied block without its FFN, where midus puts its blocks; silent at first."""
-    model = midus(base, **options)
-    for i in model.config.new:
-        below = model.h[i - 1]
-        model.h[i] = Half(below.ln_1, below.attn)
-    return model
-
-
-def feed_forward(base: GPT, **options) -> GPT:
-    """A copied block without its attention, where midus puts its blocks; silent at first."""
-    model = midus(base, **options)
-    for i in model.config.new:
-        below = model.h[i - 1]
-        model.h[i] = Half(below.ln_2, below.mlp)
-    return model
-
-
 # ---- The rows ------------------------------------------------------------------------------------
-SIZES = ("n_keys", "top_k", "d_latent", "query_norm")
-CHOICES = ("query", "residual", "values", "shared", "key_scale")
+CHOICES = (
+    Option("values", str, "hive (default), plain, head-tables or one-w"),
+    Option("shared", yes_or_no, "yes: one bank for all memory blocks (default no)"),
+    Option("query_norm", yes_or_no, "yes: queries are normalised (default no)"),
+)
+RANK = Option("rank", common.whole_number, "of LoRA's matrices (default 48)")
+
 METHODS.update(
     {
-        "stack": Method(stack, ("n_new",), "all"),
-        "opt-deus": Method(opt_deus, ("n_new",), "new"),
-        "lesa": Method(lesa, ("n_new",), "all"),
-        "variant": Method(variant, PLACEMENT + SIZES + CHOICES, "new"),
+        "stack": Method(stack, (N_NEW,), "all"),
+        "opt-deus": Method(opt_deus, (N_NEW,), "new"),
+        "lesa": Method(lesa, (N_NEW,), "all"),
+        "variant": Method(variant, PLACEMENT + MEMORY + CHOICES, "new"),
+        "hybrid-one-bank": Method(hybrid_one_bank, PLACEMENT + SIZES, "new"),
         "pkm": Method(pkm, PLACEMENT + SIZES, "new"),
         "memory-alone": Method(memory_alone, PLACEMENT + SIZES, "new"),
         "attention": Method(attention, PLACEMENT, "new"),
         "feed-forward": Method(feed_forward, PLACEMENT, "new"),
+        "lora": Method(lora, (RANK,), "new"),
     }
 )

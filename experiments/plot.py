@@ -8,6 +8,7 @@ The first functions here draw for the other programs too.
 """
 
 import os
+import statistics
 import sys
 from collections import Counter
 
@@ -73,6 +74,80 @@ def write_picture(figure, path: str) -> None:
     with common.written_whole(path) as temporary:
         figure.savefig(temporary, format=ending, dpi=150)
     print(f"wrote {path}")
+
+
+# ---- For compare.py ------------------------------------------------------------------------------
+# Rows are its Rows: a group, which decides the colour, and words. Runs are its lines, by method.
+LINES = ("-o", "--s", ":^", "-.D", "-v")  # dashes and marks that tell lines of a colour apart
+
+
+def colour_of(group: str) -> str:
+    kind = "memory" if "memory" in group else group
+    return COLOURS.get(kind, COLOURS["control"])
+
+
+def front(runs: list[dict]) -> list[dict]:
+    """Those that no other run of the same method beats on both texts, from the least forgotten."""
+    kept = []
+    for run in sorted(runs, key=lambda run: run["end"]["old"]):
+        if not kept or run["end"]["new"] < kept[-1]["end"]["new"]:
+            kept.append(run)
+    return kept
+
+
+def draw_over_rates(rows: list, trials: dict[str, list[dict]], path: str) -> None:
+    """What each method can have of both texts, by the rates that were tried; down left is best."""
+    figure, (axis,) = new_figure(8.5, 5)
+    ends = []
+    drawn = Counter()  # lines of each colour so far
+    for row in rows:
+        if not trials[row.method]:
+            continue
+        runs = front(trials[row.method])
+        old = [run["end"]["old"] for run in runs]
+        new = [run["end"]["new"] for run in runs]
+        colour = colour_of(row.group)
+        axis.plot(old, new, LINES[drawn[colour] % len(LINES)], color=colour, markersize=5)
+        drawn[colour] += 1
+        ends.append((old[-1], new[-1], row.words, colour))
+    axis.set_xlabel("perplexity on the old text (lower: less is forgotten)", color=INK)
+    axis.set_ylabel("perplexity on the new text (lower: more is learned)", color=INK)
+    axis.annotate(
+        "better",
+        xy=(0.02, 0.03),
+        xycoords="axes fraction",
+        xytext=(0.1, 0.13),
+        textcoords="axes fraction",
+        color=INK,
+        arrowprops={"arrowstyle": "->", "color": INK},
+    )
+    name_ends(axis, ends)
+    write_picture(figure, path)
+
+
+def draw_sizes(rows: list, finals: dict[str, list[dict]], path: str) -> None:
+    """Both texts, one below the other, against what blocks of growing size add; means of seeds."""
+    costs = {"parameters added": "added", "multiplications per token added": "multiplications"}
+    figure, axes = new_figure(10, 7, columns=2, rows=2)
+    places = [(kind, words) for kind in ("new", "old") for words in costs]
+    for axis, (kind, words) in zip(axes, places):
+        ends = []
+        for number, group in enumerate(dict.fromkeys(row.group for row in rows)):
+            methods = [row.method for row in rows if row.group == group]
+            x = [finals[method][0][costs[words]] for method in methods]
+            y = [statistics.mean(run["end"][kind] for run in finals[method]) for method in methods]
+            axis.plot(x, y, LINES[number % len(LINES)], color=colour_of(group), markersize=5)
+            ends.append((x[-1], y[-1], group, colour_of(group)))
+        axis.set_xscale("log")
+        low, high = axis.get_xlim()
+        ticks = [tick for tick in (1e5, 2e5, 5e5, 1e6, 2e6, 5e6) if low <= tick <= high]
+        axis.set_xticks(ticks, [f"{tick / 1e6:g}" for tick in ticks])
+        axis.minorticks_off()
+        axis.set_xlabel(f"{words}, millions", color=INK)
+        axis.set_ylabel(f"perplexity on the {kind} text", color=INK)
+        if axis in axes[1::2]:  # on the right
+            name_ends(axis, ends)
+    write_picture(figure, path)
 
 
 # ---- Losses --------------------------------------------------------------------------------------
