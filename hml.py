@@ -299,6 +299,53 @@ class HeadwiseMemory(nn.Module):
         return self.hive(weights, slots).flatten(2)  # (B, T, H, d_h) -> (B, T, C), side by side
 
 
+# ---- Another way to find a slot ------------------------------------------------------------------
+# A memory need not be searched. Here the last few tokens name the slot themselves: their ids are
+# mixed into one number, a hash, and its remainder by N is the slot. Not the paper's: ours, after
+# hashed n-gram embeddings (Engram, arXiv 2601.07372). HIVE turns entries into values as before.
+
+
+def hashed_slots(tokens: Tensor, order: int, n_slots: int) -> Tensor:
+    """The slot that the last `order` tokens name, at every place: (B, T) -> (B, T), int64.
+
+    The same tokens always name the same slot. Two n-grams may share one; what they have learned is
+    then mixed. Every number below stays under 2^63, so this is exact, on every device the same.
+    """
+    # Multiply and add, from the token itself back to the earliest; -1 stands before the text.
+    padded = F.pad(tokens, (order - 1, 0), value=-1)  # (B, order - 1 + T)
+    mixed = torch.zeros_like(tokens)
+    for j in range(order):
+        token = padded[:, order - 1 - j :][:, : tokens.size(1)]  # (B, T), the token j places back
+        mixed = (mixed * 1_000_003 + token + 7919 * (j + 1)) % (2**31 - 1)
+
+    # Once more, so that neighbouring numbers do not lie in neighbouring slots.
+    return mixed * 2_654_435_761 % 2**32 % n_slots
+
+
+class NgramMemory(nn.Module):
+    """HIVE, with slots that the last tokens name: no query, no keys, no search, no attention.
+
+    Head h reads the slot of the last orders[h] tokens, one slot only, with weight 1. So there is
+    nothing to learn but the bank and the heads' projections, and slots can be had before the model
+    runs. orders may be shorter than the heads: they take turns.
+    """
+
+    def __init__(
+        self, n_head: int, head_dim: int, n_slots: int, d_latent: int, orders: tuple[int, ...]
+    ):
+        super().__init__()
+        self.orders = [orders[head % len(orders)] for head in range(n_head)]
+        self.hive = HIVE(n_head, head_dim, n_slots, d_latent)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """tokens (B, T) -> (B, T, C), the heads' values side by side."""
+        n_slots = len(self.hive.bank)
+        slots = [hashed_slots(tokens, order, n_slots) for order in self.orders]  # H times (B, T)
+        slots = torch.stack(slots, dim=-1).unsqueeze(-1)  # (B, T, H, 1)
+        weights = torch.ones(slots.shape, device=tokens.device)  # (B, T, H, 1)
+        return self.hive(weights, slots).flatten(2)  # (B, T, H, d_h) -> (B, T, C)
+
+
 # ---- The example of this file's head -------------------------------------------------------------
 @torch.no_grad()
 def show_example() -> None:

@@ -1,16 +1,17 @@
 """
-GPT-2, with two kinds of blocks: transformer blocks (T) and memory blocks (M).
+GPT-2, with three kinds of blocks: transformer blocks (T), memory blocks (M), n-gram blocks (N).
 
     block T:  x = x + Attn(LN1(x));  x = x + MLP(LN2(x))    Attn ends in the projection c_proj
     block M:  x = x + HML(heads(LN1(x)))                    heads: the same without c_proj (hml.py)
         or    x = x + HML(x + Attn(LN1(x)))                 with query="token", see MemoryBlock
+    block N:  x = x + HIVE(slots of the last tokens)        no attention, no search
 
 A config's `blocks` string says what stands where: "TMTTMT" is T M T T M T from bottom to top.
 Parameters carry GPT-2's names (wte, wpe, h.N.attn.c_attn, ...), so that published weights map by
 name. Shape names: see hml.py. [report]: known from accounts of the paper, not from its text;
 [choice]: ours, where nothing is known.
 
-In order: the config, attention, the two blocks, GPT, and models in files. Not here: dropout,
+In order: the config, attention, the blocks, GPT, and models in files. Not here: dropout,
 positions other than learned ones, other norms, a cache of keys and values.
 """
 
@@ -24,7 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from common import download, one_line, written_whole
-from hml import HeadwiseMemory
+from hml import HeadwiseMemory, NgramMemory
 
 
 @dataclass
@@ -38,13 +39,15 @@ class GPTConfig:
     vocab_size: int
     blocks: str = ""  # a letter of BLOCKS per block; "" means all T
 
-    # The memory of M blocks: n, k, d_v in hml.py; the other three are explained at MemoryBlock.
+    # The memory of M blocks: n, k, d_v in hml.py; the next three are explained at MemoryBlock. That
+    # of N blocks has n * n slots, too, and the orders of its heads.
     n_keys: int = 128
     top_k: int = 16
     d_latent: int = 64
     query: str = "head"
     residual: bool = False
     key_scale: float = 1.0
+    orders: tuple[int, ...] = (2, 3, 4, 5)
 
     new: tuple[int, ...] = ()  # indices, from 0, of the blocks that up-scaling inserted
 
@@ -61,8 +64,8 @@ class GPTConfig:
         if len(self.blocks) != self.n_layer or set(self.blocks) - set(BLOCKS):
             wanted = f"{self.n_layer} letters of {', '.join(BLOCKS)}, one per block"
             raise ValueError(f"blocks must be {wanted}, not {self.blocks!r}")
-        if self.query not in ("head", "token"):
-            raise ValueError(f"query must be head or token, not {self.query!r}")
+        if self.query not in ("head", "token", "recent"):
+            raise ValueError(f"query must be head, token or recent, not {self.query!r}")
         if self.residual and self.query != "token":
             raise ValueError("residual needs query token: the head query has no output projection")
 
@@ -140,6 +143,28 @@ class TransformerBlock(nn.Module):
         return x
 
 
+class RecentTokens(nn.Module):
+    """A query that knows the last few tokens: W (sum over j of w_j * x_{t-j}), split by head.
+
+    x (B, T, C) -> (B, T, H, d_h). w_j is a weight for each of the C features: a causal convolution.
+    """
+
+    def __init__(self, config: GPTConfig, reach: int = 4):
+        super().__init__()
+        self.n_head = config.n_head
+        self.mix = nn.Parameter(torch.randn(reach, config.n_embd) * reach**-0.5)
+        self.own_query = nn.Linear(config.n_embd, config.n_embd)
+
+    def forward(self, x: Tensor) -> Tensor:
+        T = x.size(1)
+        padded = F.pad(x, (0, 0, len(self.mix) - 1, 0))  # (B, reach - 1 + T, C)
+        mixed = 0
+        for back, weight in enumerate(self.mix):
+            start = len(self.mix) - 1 - back
+            mixed = mixed + weight * padded[:, start : start + T]  # (B, T, C)
+        return self.own_query(mixed).unflatten(-1, (self.n_head, -1))  # (B, T, H, d_h)
+
+
 class MemoryBlock(nn.Module):
     """MIDUS's block: attention, then the memory, and no MLP. (B, T, C).
 
@@ -148,6 +173,8 @@ class MemoryBlock(nn.Module):
                 describe the block [report]
         token   its slice of x + Attn(LN(x)), c_proj and all, so that the query knows the token
                 itself; one account can be read so [report]
+        recent  its slice of W (a mix of LN(x) of the last four tokens, weights learned); there is
+                no attention then [choice]
     residual: whether Attn(LN(x)) is added to x beside the memory, as in a transformer block; needs
         query token. The block is then a copied one whose MLP is replaced by a memory. Without it
         attention reaches the sum only through the memory; a way around would weaken what retrieval
@@ -164,7 +191,10 @@ class MemoryBlock(nn.Module):
         self.query = config.query
         self.residual = config.residual
         self.ln_1 = nn.LayerNorm(config.n_embd)
-        self.attn = Attention(config, project=config.query == "token")
+        if config.query == "recent":
+            self.recent = RecentTokens(config)
+        else:
+            self.attn = Attention(config, project=config.query == "token")
         self.memory = HeadwiseMemory(
             n_head=config.n_head,
             head_dim=config.n_embd // config.n_head,
@@ -176,6 +206,8 @@ class MemoryBlock(nn.Module):
             self.memory.product_keys.keys.mul_(config.key_scale)
 
     def forward(self, x: Tensor, tokens: Tensor) -> Tensor:
+        if self.query == "recent":
+            return x + self.memory(self.recent(self.ln_1(x)))
         attended = self.attn(self.ln_1(x))  # head: (B, T, H, d_h); token: (B, T, C)
         if self.query == "head":
             return x + self.memory(attended)
@@ -186,9 +218,22 @@ class MemoryBlock(nn.Module):
         return (after if self.residual else x) + self.memory(query)
 
 
+class NgramBlock(nn.Module):
+    """x + a memory whose slots the last tokens name, see NgramMemory. (B, T, C)."""
+
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        width = config.n_embd // config.n_head
+        sizes = (config.n_keys**2, config.d_latent, config.orders)
+        self.memory = NgramMemory(config.n_head, width, *sizes)
+
+    def forward(self, x: Tensor, tokens: Tensor) -> Tensor:
+        return x + self.memory(tokens)
+
+
 # ---- The model -----------------------------------------------------------------------------------
 # The letters of a config's `blocks`. A block of your own takes the config, and a letter here.
-BLOCKS = {"T": TransformerBlock, "M": MemoryBlock}
+BLOCKS = {"T": TransformerBlock, "M": MemoryBlock, "N": NgramBlock}
 
 
 class GPT(nn.Module):

@@ -3,6 +3,7 @@ Depth up-scaling: a pre-trained GPT in, a deeper GPT out, ready for continual pr
 
     midus      memory blocks between its blocks; starts as exactly the base   arXiv 2512.13751
     hybrid     copies with a memory for their MLP; starts as exactly the base
+    ngram      memories that the last tokens look up; starts as exactly the base
     llama-pro  copies that are silent at first; starts as exactly the base    arXiv 2401.02415
     solar      two overlapping copies of it; starts worse, then recovers      arXiv 2312.15166
 
@@ -183,6 +184,15 @@ def hybrid(base: GPT, **options) -> GPT:
     return midus(base, query="token", residual=True, key_scale=3.0, **options)
 
 
+def ngram(base: GPT, positions: list[int] | None = None, n_new: int | None = None, **memory) -> GPT:
+    """A memory that the last few tokens look up, inside each group of blocks; see NgramBlock."""
+    positions = place(base.config.n_layer, True, positions, n_new)
+    sources, new = interleave(base.config.n_layer, positions)
+    sizes = memory_sizes(base.config.n_embd)
+    sizes.update(memory)
+    return assemble(base, sources, new, kind="N", **sizes)
+
+
 def llama_pro(base: GPT, positions: list[int] | None = None, n_new: int | None = None) -> GPT:
     """A copy at the end of each group of blocks, silent at first."""
     positions = place(base.config.n_layer, False, positions, n_new)
@@ -208,6 +218,10 @@ def yes_or_no(text: str) -> bool:
     return text == "yes"
 
 
+def orders(text: str) -> tuple[int, ...]:
+    return tuple(common.whole_numbers(text))
+
+
 whole = common.whole_number
 N_NEW = Option("n_new", whole, "so many new blocks, spread evenly (default: half as many again)")
 PLACEMENT = (
@@ -221,9 +235,15 @@ SIZES = (
 )
 MEMORY = (
     *SIZES,
-    Option("query", str, "what a head asks with: head (default), its output; token, see model.py"),
+    Option("query", str, "what a head asks with: head (default), token or recent, see model.py"),
     Option("residual", yes_or_no, "yes: attention is added to the stream, too (default no)"),
     Option("key_scale", common.real_number, "keys start so many times larger (default 1)"),
+)
+
+NGRAM = (
+    SIZES[0],
+    SIZES[2],
+    Option("orders", orders, "how many last tokens the heads hash, in turn (default 2,3,4,5)"),
 )
 
 # A method: the function that builds the deeper model, the options it takes, and what trains unless
@@ -234,6 +254,7 @@ Method = namedtuple("Method", ("build", "options", "train"))
 METHODS = {
     "midus": Method(midus, PLACEMENT + MEMORY, "new"),
     "hybrid": Method(hybrid, PLACEMENT + SIZES, "new"),
+    "ngram": Method(ngram, PLACEMENT + NGRAM, "new"),
     "llama-pro": Method(llama_pro, PLACEMENT, "new"),
     "solar": Method(solar, (N_NEW,), "all"),
 }
@@ -296,8 +317,9 @@ def summary(base: GPT, deeper: GPT) -> str:
     before = sum(count_parameters(base).values())
     added = count_parameters(deeper, config.new)
     parts = ", ".join(f"{part} {count:,}" for part, count in added.items())
-    if "M" in config.blocks:
-        parts += "".join(f"; {option.name} {getattr(config, option.name)}" for option in MEMORY)
+    sizes = {"M": MEMORY, "N": NGRAM}
+    for option in sizes.get(config.blocks[config.new[0]], ()):
+        parts += f"; {option.name} {getattr(config, option.name)}"
 
     # T M T T M T, with a mark under every new block.
     marks = ["^" if i in config.new else " " for i in range(config.n_layer)]

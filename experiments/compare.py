@@ -262,7 +262,8 @@ def multiplications(model: GPT) -> int:
     total = 0
     for name, parameter in model.h.named_parameters(remove_duplicate=False):
         if name.endswith("hive.bank"):
-            reads = model.config.n_head * model.config.top_k
+            block = model.config.blocks[int(name.split(".")[0])]
+            reads = model.config.n_head * (1 if block == "N" else model.config.top_k)
             total += reads * parameter.size(1)
         elif name.endswith("hive.proj"):  # one for all heads is used by each
             total += parameter.numel() * model.config.n_head // max(1, parameter.size(0))

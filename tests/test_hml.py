@@ -12,7 +12,15 @@ import torch
 import torch.nn.functional as F
 
 import hml
-from hml import HIVE, HeadwiseMemory, PoolForCPU, ProductKeys, product_key_topk
+from hml import (
+    HIVE,
+    HeadwiseMemory,
+    NgramMemory,
+    PoolForCPU,
+    ProductKeys,
+    hashed_slots,
+    product_key_topk,
+)
 
 SIZES = dict(n_head=2, head_dim=8, n_keys=6, top_k=3, d_latent=4)
 
@@ -216,6 +224,40 @@ def test_what_does_not_fit_is_refused(memory):
 
 
 # ---- The file ------------------------------------------------------------------------------------
+
+
+# ---- Slots that the last tokens name -------------------------------------------------------------
+def test_hashed_slots_are_the_documented_sum_and_depend_on_the_last_tokens_alone():
+    """Against plain Python, whose numbers have no end."""
+    tokens = torch.randint(50257, (2, 9), generator=torch.Generator().manual_seed(0))
+    for order in (1, 3, 12):
+        slots = hashed_slots(tokens, order, 6000)
+        for row, found in zip(tokens.tolist(), slots.tolist()):
+            for t in range(9):
+                mixed = 0
+                for j in range(order):
+                    token = row[t - j] if t >= j else -1
+                    mixed = (mixed * 1_000_003 + token + 7919 * (j + 1)) % (2**31 - 1)
+                assert found[t] == mixed * 2_654_435_761 % 2**32 % 6000
+
+    # The same three tokens name the same slot wherever they stand.
+    again = torch.cat((tokens[:, 4:7], tokens[:, 4:7]), dim=1)
+    slots = hashed_slots(again, 3, 6000)
+    assert torch.equal(slots[:, 2], slots[:, 5])
+    assert slots.dtype == torch.int64 and len(set(hashed_slots(tokens, 3, 6000)[0].tolist())) > 5
+
+
+def test_an_ngram_memory_reads_one_entry_for_each_head():
+    memory = NgramMemory(n_head=3, head_dim=8, n_slots=50, d_latent=4, orders=(2, 3))
+    tokens = torch.randint(99, (2, 7))
+    assert memory.orders == [2, 3, 2] and not memory(tokens).any()
+    torch.nn.init.normal_(memory.hive.bank)
+    out = memory(tokens).view(2, 7, 3, 8)
+    for head, order in enumerate(memory.orders):
+        entries = memory.hive.bank[hashed_slots(tokens, order, 50)]  # (B, T, d_v)
+        torch.testing.assert_close(out[:, :, head], entries @ memory.hive.proj[head])
+
+
 def test_docstring_examples():
     assert doctest.testmod(hml).failed == 0
 

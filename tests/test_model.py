@@ -130,7 +130,7 @@ def test_a_config_that_contradicts_itself_is_refused():
         ({"n_embd": 0}, "n_embd must be at least 1"),
         ({"n_head": 3}, "multiple of n_head"),
         ({"blocks": "TMTTMX"}, "blocks must be 6 letters of T, M"),
-        ({"query": "tokens"}, "query must be head or token"),
+        ({"query": "tokens"}, "query must be head, token or recent"),
         ({"residual": True}, "residual needs query token"),
     ):
         with pytest.raises(ValueError, match=sentence):

@@ -21,7 +21,9 @@ SMALL = dict(n_keys=6, top_k=3, d_latent=4)
     [
         ("midus", SMALL),
         ("midus", {**SMALL, "query": "token", "n_new": 3}),
+        ("midus", {**SMALL, "query": "recent"}),
         ("hybrid", {**SMALL, "positions": [4, 1]}),
+        ("ngram", {"n_keys": 6, "d_latent": 4, "orders": (1, 3)}),
         ("llama-pro", {}),
     ],
 )
