@@ -534,19 +534,22 @@ def print_table(rows: list[Row], finals: dict[str, list[dict]]) -> None:
 
 
 def show(
-    rows: list[Row], asked: dict[str, dict], runs: list[dict], args: argparse.Namespace
-) -> None:
-    """The table, the trials of rates, and the picture, of what there is among the runs."""
+    rows: list[Row], asked: dict[str, dict], runs: list[dict], split: str
+) -> tuple[list[Row], dict[str, list[dict]], dict[str, list[dict]]]:
+    """Prints the table and the trials of what there is among the runs.
+
+    Returns the rows that are there, and by method the runs that count and the trials of rates.
+    """
     finals = {}
     trials = {}
     for row in rows:
-        found, trials[row.method] = pick(asked[row.method], runs, args.split)
+        found, trials[row.method] = pick(asked[row.method], runs, split)
         if found:
             finals[row.method] = found
     there = [row for row in rows if row.method in finals]
-    print(f"\n{len(there)} of {len(rows)} rows are there, on {args.split} splits")
+    print(f"\n{len(there)} of {len(rows)} rows are there, on {split} splits")
     if 2 * len(there) < len(rows):  # these runs were made for other tables
-        return
+        return [], {}, {}
     today = hash_of_code()
     codes = [run["code"] for found in finals.values() for run in found]
     others = sum(code != today for code in codes)
@@ -561,11 +564,18 @@ def show(
         for run in trials[row.method]:
             ends = " | ".join(f"{value:.3f}" for value in run["end"].values())
             print(f"| {row.words} | {rates_of(run)} | {ends} |")
-    if args.plot and not os.path.exists(args.plot):  # of two stored bases the first is drawn
-        if args.tables == ["size"]:
-            plot.draw_sizes(there, finals, args.plot)
-        else:
-            plot.draw_over_rates(there, trials, args.plot)
+    return there, finals, trials
+
+
+def draw(shown: list[tuple], args: argparse.Namespace) -> None:
+    """The picture of a table. shown: what show() returned, for each base."""
+    rows, finals, trials = shown[0]
+    if args.tables == ["size"]:
+        plot.draw_sizes(rows, finals, args.plot)
+    elif args.tables == ["pair"] and len(shown) > 1:
+        plot.draw_gains(rows, [finals for _, finals, _ in shown], args.plot)
+    else:
+        plot.draw_over_rates(rows, trials, args.plot)
 
 
 # ---- Stored runs ---------------------------------------------------------------------------------
@@ -589,14 +599,18 @@ def as_today(run: dict) -> dict:
     return run
 
 
-def show_stored(rows: list[Row], asked: dict[str, dict], args: argparse.Namespace) -> None:
+def show_stored(rows: list[Row], asked: dict[str, dict], args: argparse.Namespace) -> list[tuple]:
     """A table for each base and its texts, whatever code made the runs."""
     by_base = {}
     for run in read_runs(args.results or STUDY):
         by_base.setdefault((run["base"], *run["texts"]), []).append(as_today(run))
+    shown = []
     for (base, *_), runs in by_base.items():
         print(f"\nbase {base}", end="")
-        show(rows, asked, runs, args)
+        there = show(rows, asked, runs, args.split)
+        if there[0]:
+            shown.append(there)
+    return shown
 
 
 # ---- The command ---------------------------------------------------------------------------------
@@ -691,10 +705,11 @@ def main() -> None:
     words = tuple(words)
     asked = {row.method: read_method(row.method, words) for row in rows}
     if args.stored:
-        show_stored(rows, asked, args)
-        return
-
-    show(rows, asked, make_study(asked, words, args), args)
+        shown = show_stored(rows, asked, args)
+    else:
+        shown = [show(rows, asked, make_study(asked, words, args), args.split)]
+    if args.plot and shown:
+        draw(shown, args)
 
 
 if __name__ == "__main__":

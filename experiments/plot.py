@@ -7,6 +7,7 @@ Thin lines are training losses, smoothed; dots are losses on validation text. Bo
 The first functions here draw for the other programs too.
 """
 
+import math
 import os
 import statistics
 import sys
@@ -147,6 +148,47 @@ def draw_sizes(rows: list, finals: dict[str, list[dict]], path: str) -> None:
         axis.set_ylabel(f"perplexity on the {kind} text", color=INK)
         if axis in axes[1::2]:  # on the right
             name_ends(axis, ends)
+    write_picture(figure, path)
+
+
+def draw_gains(rows: list, of_pairs: list[dict[str, list[dict]]], path: str) -> None:
+    """What is learned, as a share of what two copies learn: a row a method, a dot a pair of texts.
+
+    of_pairs: the runs of each method, for the first pair of texts (full dots) and the second (open
+    ones). At the right what that costs: parameters added, and nats forgotten on both pairs.
+    """
+
+    def nats(runs: list[dict], kind: str) -> float:
+        return statistics.mean(math.log(run["end"][kind] / run["before"][kind]) for run in runs)
+
+    figure, (axis,) = new_figure(9.5, 0.42 * len(rows) + 1.2)
+    for height, row in enumerate(reversed(rows)):
+        gains = []
+        forgotten = []
+        for finals in of_pairs:
+            copies = nats(finals["llama-pro"], "new")
+            gains.append(100 * nats(finals[row.method], "new") / copies)
+            forgotten.append(f"{nats(finals[row.method], 'old'):.2f}")
+        colour = colour_of(row.group)
+        axis.plot(gains, [height, height], color=colour, linewidth=1)
+        axis.plot(gains[0], height, "o", color=colour)
+        axis.plot(gains[1], height, "o", color=colour, fillstyle="none")
+        added = of_pairs[0][row.method][0]["added"]
+        cost = f"{added / 1e6:.2f}M      {', '.join(forgotten)}"
+        axis.annotate(
+            cost, (1.03, height), xycoords=("axes fraction", "data"), color=INK, va="center"
+        )
+    heads = "added   forgotten"
+    axis.annotate(
+        heads, (1.03, len(rows)), xycoords=("axes fraction", "data"), color=INK, va="center"
+    )
+    axis.axvline(100, color=INK, linewidth=0.8, linestyle=":")
+    axis.set_ylim(-0.6, len(rows) + 0.4)
+    axis.set_yticks(range(len(rows)), [row.words for row in reversed(rows)])
+    axis.set_xlabel(
+        "learned, in percent of what two copied blocks learn (full: code, open: WikiText-2)"
+    )
+    axis.xaxis.label.set_color(INK)
     write_picture(figure, path)
 
 
