@@ -57,7 +57,7 @@ def call(monkeypatch, script, *arguments):
     """
     words = [str(argument) for argument in arguments]
     name = Path(script).stem
-    if name in ("train", "eval", "upscale", "compare", "analyze") and "--device" not in words:
+    if name in ("train", "eval", "upscale", "compare", "look") and "--device" not in words:
         words += ["--device", "cpu"]
     monkeypatch.setattr(sys, "argv", [script, *words])
     try:
