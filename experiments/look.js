@@ -219,8 +219,9 @@ function showPanel(same) {
   } else {
     const best = reads.slice(0, 4).map(({ slot, weight }) => `${slot} (${percent(weight)})`);
     const others = reads.length > 4 ? ` and ${reads.length - 4} more` : "";
-    found.append(`Of ${n} × ${n} slots it read ${best.join(", ")}${others}. `);
-    found.append("At the edges: the best rows and columns.");
+    const [row, column] = [Math.floor(reads[0].slot / n), reads[0].slot % n];
+    found.append(`Of ${n} × ${n} slots it read ${best.join(", ")}${others}. The first is in row `);
+    found.append(`${row}, column ${column}, from 0. At the edges: the best rows and columns.`);
   }
 
   const { slot } = reads[0];
@@ -244,13 +245,14 @@ function shares(pieces, total) {
 }
 
 function showSlot(one) {
-  const about = make("p", {}, `Slot ${one.slot} is first choice at ${count(one.places)} places: `);
+  const times = `first choice at ${count(one.places)} places: `;
+  const about = make("p", {}, `Slot ${one.slot} is some head's ${times}`);
   about.append(...shares(one.letters, one.places), "– most often at the end of ");
   about.append(...shares(one.ends, one.places));
 
   const [before, after] = one.loss.map((loss) => loss.toFixed(3));
   const [sure, less] = one.p.map(percent);
-  const zeroed = make("p", {}, `With its entry zeroed the loss after ${one.tried} of them `);
+  const zeroed = make("p", {}, `Tried at ${one.tried} of them: with its entry zeroed the loss `);
   zeroed.append(`goes from ${before} to ${after} nats. Worst: after `);
   zeroed.append(snippet([one.worst[0], one.worst[1], ""]), " comes ", code(one.next));
   zeroed.append(`, of which it was ${sure} sure, and now ${less}.`);
@@ -412,8 +414,10 @@ const STYLE = `
 `;
 
 const lead =
-  `The colour of a ${data.unit} says how much likelier the memory made it. Point at one (a click ` +
-  "holds it) or use the arrow keys, to see what was looked up there to guess the next.";
+  `A memory block has a table of slots. At every ${data.unit} each of its heads reads some of ` +
+  `them, to help guess the next ${data.unit}. Green ${data.unit}s were made likelier by all new blocks ` +
+  "together, red ones less likely; without the memory means: with these blocks skipped. Point at " +
+  `a ${data.unit} (a click holds it) or use the arrow keys, to see what was looked up there.`;
 const scale = ["less likely, −2 nats", make("i"), "+2 nats, more likely (0.7: twice as likely)"];
 document.head.append(make("style", {}, STYLE));
 document.body.append(
