@@ -415,8 +415,8 @@ const STYLE = `
 
 const lead =
   `A memory block has a table of slots. At every ${data.unit} each of its heads reads some of ` +
-  `them, to help guess the next ${data.unit}. Green ${data.unit}s were made likelier by all new blocks ` +
-  "together, red ones less likely; without the memory means: with these blocks skipped. Point at " +
+  `them, to help guess the next ${data.unit}. Green ${data.unit}s were made likelier by all new ` +
+  "blocks together, red ones less likely; without the memory means: with these blocks skipped. Point at " +
   `a ${data.unit} (a click holds it) or use the arrow keys, to see what was looked up there.`;
 const scale = ["less likely, −2 nats", make("i"), "+2 nats, more likely (0.7: twice as likely)"];
 document.head.append(make("style", {}, STYLE));
