@@ -164,6 +164,22 @@ TABLES = {
         ),
         Row("memory", "hybrid, one bank, 7,225 slots", f"hybrid-one-bank:n_keys=85{OWN}"),
     ],
+    "ask": [  # what a memory is asked with; competitors; one rate each
+        Row("copies", "two copied blocks", "llama-pro:lr=6e-3"),
+        Row("none", "no new block: blocks 2 and 4 train", "none:lr=6e-3"),
+        Row("none", "no new block: all is trained", "none:train=all:lr=1e-3"),
+        Row("none", "LoRA on all matrices, rank 48", "lora:lr=3e-3"),
+        Row("memory", "asked with attention's output, 1,024 slots", f"midus{OWN}"),
+        Row("memory", "asked with the token, 3,721 slots", f"{TOKEN}:n_keys=61{OWN}"),
+        Row("memory", "hybrid, 3,721 slots", f"hybrid:n_keys=61{OWN}"),
+        Row(
+            "memory",
+            "asked with a learned mix of the last four, 4,900 slots",
+            f"midus:query=recent:n_keys=70:key_scale=3{OWN}",
+        ),
+        Row("memory", "slots named by the last 2 to 5, 5,929 slots", f"ngram:n_keys=77{OWN}"),
+        Row("memory", "slots named by the last 2 to 5, 16,384 slots", f"ngram:n_keys=128{OWN}"),
+    ],
     "longer": [
         Row("copies", "llama-pro", "llama-pro:lr=6e-3:tokens=2.4e6"),
         Row("memory", "head query, n=32", f"midus{OWN}:tokens=2.4e6"),
