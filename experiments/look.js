@@ -274,6 +274,146 @@ function showBusy() {
     list.append(button);
   }
   const lead =
+    `Those that its heads chose first most often in ${count(data.stretch)} ${data.unit}s of ` +
+    `validation text, and the ${data.unit} that read each most. Choose one to see its places.`;
+  const title = make("h2", {}, `The ${busy.length} busiest slots of block ${number}`);
+  parts.busy.replaceChildren(title, make("p", { class: "quiet" }, lead), list);
+  parts.busy.append(...busy.filter((one) => one.slot === chosen.kept).map(showSlot));
+}
+
+// ---- The page -----------------------------------------------------------------------------------
+function makeButtons(name, words) {
+  const group = make("div", { class: "buttons" }, make("span", { class: "quiet" }, name));
+  words.forEach((word, i) => {
+    const button = make("button", { "aria-pressed": chosen[name] === i }, word);
+    button.onclick = () => {
+      chosen[name] = i;
+      if (name !== "head") chosen.kept = null;
+      chosen.block = Math.min(chosen.block, model().blocks.length - 1);
+      chosen.head = Math.min(chosen.head, block().heads - 1);
+      show();
+    };
+    group.append(button);
+  });
+  return group;
+}
+
+function show() {
+  const models = data.models.map((one) => one.name);
+  const blocks = model().blocks.map((one) => String(one.number));
+  const { heads, orders } = block();
+  const words = [...Array(heads).keys()].map((head) => {
+    return orders ? `${head + 1} (last ${orders[head]})` : String(head + 1);
+  });
+  parts.choices.replaceChildren(makeButtons("block", blocks), makeButtons("head", words));
+  if (models.length > 1) parts.choices.prepend(makeButtons("model", models));
+  colourText();
+  showBusy();
+  showPlace();
+}
+
+function showPlace() {
+  showPanel(markText());
+  writeAddress();
+}
+
+function go(place, held) {
+  chosen.at = Math.min(Math.max(place, 0), text.length - 1);
+  chosen.held = held;
+  showPlace();
+}
+
+const scrollThere = () => letters[chosen.at].scrollIntoView({ block: "nearest" });
+
+const parts = { text: make("pre", { id: "text" }, ...letters) };
+for (const id of ["sum", "choices", "panel", "busy"]) parts[id] = make("div", { id });
+
+// The place follows the hand; a click holds it, and lets go of it.
+parts.text.addEventListener("mouseover", ({ target }) => {
+  if (target.dataset.place && !chosen.held) go(Number(target.dataset.place), false);
+});
+parts.text.addEventListener("click", ({ target }) => {
+  const place = Number(target.dataset.place);
+  if (target.dataset.place) go(place, !(chosen.held && place === chosen.at));
+});
+document.addEventListener("keydown", (event) => {
+  const step = { ArrowLeft: -1, ArrowRight: 1 }[event.key];
+  if (!step || event.altKey || event.ctrlKey || event.metaKey) return;
+  event.preventDefault();
+  go(chosen.at + step, true);
+  scrollThere();
+});
+window.addEventListener("hashchange", () => {
+  readAddress();
+  show();
+  scrollThere();
+});
+
+// ---- Style --------------------------------------------------------------------------------------
+const STYLE = `
+  :root { color-scheme: light dark; --ground: #fbfaf8; --card: #fff; --ink: #1f2328;
+    --line: #d9d6d0; --quiet: #59616b; --green: 70 178 112; --red: 236 116 108; --amber: #b35900;
+    --blue: #0550ae; --violet: #7d3cc9; --shade: #f1efeb; }
+  @media (prefers-color-scheme: dark) { :root { --ground: #12161b; --card: #1a2027; --ink: #e6edf3;
+    --line: #323a44; --quiet: #a0aab4; --green: 32 116 64; --red: 158 52 52; --amber: #f0a33c;
+    --blue: #79b8ff; --violet: #c79bff; --shade: #222a33; } }
+  * { box-sizing: border-box; }
+  body { margin: 0 auto; padding: 24px 20px 48px; max-width: 1180px; background: var(--ground);
+    color: var(--ink); font: 15px/1.5 system-ui, sans-serif; }
+  h1 { margin: 0; font-size: 24px; }
+  h2 { margin: 32px 0 4px; font-size: 18px; }
+  h3 { margin: 0 0 4px; font-size: 13px; font-weight: 600; color: var(--quiet); }
+  p { margin: 0 0 10px; }
+  .quiet { color: var(--quiet); }
+  pre, code { font: 13px/1.5 ui-monospace, Menlo, Consolas, "DejaVu Sans Mono", monospace; }
+  code { overflow-wrap: anywhere; }
+  code b { color: var(--violet); }
+  p code { padding: 1px 4px; background: var(--shade); border-radius: 4px; }
+  #sum { margin: 4px 0 6px; font-size: 18px; }
+  .scale { display: flex; flex-wrap: wrap; gap: 4px 10px; align-items: center; font-size: 13px; }
+  .scale i { width: 140px; height: 12px; border-radius: 3px; border: 1px solid var(--line);
+    background: linear-gradient(90deg, rgb(var(--red)), var(--card), rgb(var(--green))); }
+  #choices { display: flex; flex-wrap: wrap; gap: 8px 24px; margin: 16px 0 12px; }
+  .buttons { display: flex; flex-wrap: wrap; gap: 6px; align-items: center; }
+  button { font: inherit; font-size: 14px; padding: 3px 11px; color: var(--ink); cursor: pointer;
+    background: var(--card); border: 1px solid var(--line); border-radius: 6px; }
+  button[aria-pressed="true"] { color: var(--ground); background: var(--ink); }
+  main { display: grid; grid-template-columns: minmax(0, 1fr) 372px; gap: 20px; }
+  #text, #panel, .card { padding: 14px 16px; background: var(--card); border: 1px solid var(--line);
+    border-radius: 8px; }
+  #text { margin: 0; height: 0; min-height: 100%; overflow-y: auto; font-size: 14px;
+    cursor: default; white-space: pre-wrap; overflow-wrap: anywhere; }
+  #text span { border-radius: 2px; padding: 1px 0; }
+  #text .help { background: rgb(var(--green) / var(--strength)); }
+  #text .harm { background: rgb(var(--red) / var(--strength)); }
+  #text .end::before { content: "↵"; opacity: 0.4; }
+  #text .kept { outline: 1px dashed var(--violet); outline-offset: -1px; }
+  #text .same { box-shadow: inset 0 0 0 1.5px var(--amber); }
+  #text .next { box-shadow: inset 0 -3px 0 var(--blue); }
+  #text .here { outline: 2px solid var(--blue); }
+  #panel p:last-child { margin: 0; }
+  .two { display: grid; grid-template-columns: 1fr 1fr; gap: 14px; margin-bottom: 12px; }
+  .bars div { display: flex; align-items: center; gap: 6px; height: 20px; font-size: 12px; }
+  .bars code { min-width: 16px; max-width: 60px; overflow: hidden; white-space: pre; flex: none; }
+  .bars i { height: 10px; min-width: 1px; background: var(--quiet); border-radius: 2px; }
+  .comes { color: var(--blue); font-weight: 700; }
+  #grid { display: block; width: 100%; max-width: 310px; margin: 0 auto 10px; }
+  .board { fill: var(--card); stroke: var(--line); }
+  .dark { fill: var(--shade); }
+  .score, .lit { fill: var(--amber); }
+  .first { fill: none; stroke: var(--ink); stroke-width: 1.5; }
+  .keptslot { fill: none; stroke: var(--violet); stroke-width: 2; }
+  .card { margin-top: 14px; }
+  .places { display: grid; grid-template-columns: repeat(auto-fill, minmax(270px, 1fr));
+    gap: 2px 16px; }
+  .places code { white-space: pre; overflow: hidden; }
+  @media (max-width: 800px) {
+    main { grid-template-columns: minmax(0, 1fr); }
+    #text { height: auto; min-height: 0; max-height: 44vh; }
+  }
+`;
+
+const lead =
   `A memory block has a table of slots. At every ${data.unit} each of its heads reads some of ` +
   `them, to help guess the next ${data.unit}. Green ${data.unit}s were made likelier by all new ` +
   "blocks together, red ones less likely; without the memory means: with these blocks skipped. " +
